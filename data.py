@@ -1,0 +1,340 @@
+"""Where batches come from: MNIST, scikit-learn's digits, a RecordIO file of photos, and the latent vectors.
+
+Images stay small until they are needed: the whole training set is one uint8 array, 64x64 and one channel, and
+`PixelIter` turns it into float32 in [-1, 1], batch by batch, on the device that trains.
+"""
+import gzip
+import os
+import socket
+import struct
+import tempfile
+import warnings
+import zipfile
+import zlib
+
+import cv2
+import mxnet as mx
+import numpy as np
+
+SIZE = 64  # pixels: what the networks in dcgan.py make and take
+CLASSES = 10
+
+
+# ---------------------------------------------------------------- MNIST and digits
+
+def get_mnist(path='', labels=False):
+    """MNIST in the one order that every run uses: all images, training then test, permuted by RandomState(1234).
+
+    Parameters
+    ----------
+    path : str
+        Folder with the four IDX files, gzip-compressed or not. Empty: OpenML, fetched once and then kept.
+    labels : bool
+        Return the digits as well.
+
+    Returns
+    -------
+    X_train, X_test : uint8 arrays, (60000, 1, 64, 64) and (10000, 1, 64, 64), 0..255
+    y_train, y_test : uint8 arrays, (60000,) and (10000,), 0..9; only with `labels`
+
+    Raises
+    ------
+    ValueError : a file is not what it should be (the message names it)
+    OSError : a file is missing, or OpenML cannot be had
+    """
+    if path:
+        train, test = (_read_pair(path, part) for part in ('train', 't10k'))
+        X, y, num_train = np.concatenate([train[0], test[0]]), np.concatenate([train[1], test[1]]), len(train[0])
+    else:
+        X, y = _from_openml()
+        num_train = len(X) * 6 // 7  # 60,000 of 70,000
+    return _prepare(X, y, num_train, labels)
+
+
+def get_digits(labels=False):
+    """scikit-learn's bundled 8x8 digits as a stand-in for MNIST: `get_mnist`'s returns, 1,500 and 297 images."""
+    from sklearn.datasets import load_digits
+    bunch = load_digits()
+    return _prepare((bunch.images * (255 / 16)).astype(np.uint8), bunch.target, 1500, labels)
+
+
+def _prepare(X, y, num_train, labels):
+    """Permute, resize to 64x64, split."""
+    order = np.random.RandomState(1234).permutation(len(X))
+    images = np.empty((len(X), 1, SIZE, SIZE), np.uint8)
+    for image, i in zip(images, order):
+        cv2.resize(X[i], (SIZE, SIZE), dst=image[0])
+    y = y[order].astype(np.uint8)
+    splits = images[:num_train], images[num_train:], y[:num_train], y[num_train:]
+    return splits if labels else splits[:2]
+
+
+def _read_pair(folder, part):
+    """Images (n, 28, 28) and labels (n,) of one part, 'train' or 't10k', uint8."""
+    images = _read_idx(_find(folder, f'{part}-images', 'idx3-ubyte'), 'images', (28, 28))
+    path = _find(folder, f'{part}-labels', 'idx1-ubyte')
+    labels = _read_idx(path, 'labels', ())
+    if len(labels) != len(images):
+        raise ValueError(f'{path}: {len(labels)} labels for {len(images)} images; take both files from one download')
+    if labels.max() >= CLASSES:
+        raise ValueError(f'{path}: has label {labels.max()}, but MNIST has 0 to 9; fetch the file again')
+    return images, labels
+
+
+def _find(folder, stem, kind):
+    names = [f'{stem}{dot}{kind}{gz}' for dot in '-.' for gz in ('', '.gz')]
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return path
+    raise FileNotFoundError(f'{os.path.join(folder, names[0])}[.gz]: no such file; mnist_path must name the folder '
+                            "with MNIST's four IDX files")
+
+
+def _read_idx(path, what, image_shape):
+    """One IDX file (format: LeCun's MNIST page, "FILE FORMATS"), as a uint8 array (n,) + image_shape."""
+    magic = 0x800 + 1 + len(image_shape)
+    header = struct.Struct(f'>{2 + len(image_shape)}I')
+    try:
+        with open(path, 'rb') as file:
+            zipped = file.read(2) == b'\x1f\x8b'
+        with (gzip.open if zipped else open)(path, 'rb') as file:
+            head = file.read(header.size)
+            if len(head) < header.size:
+                raise ValueError('cut short in the header' if head else 'empty')
+            found, count, *shape = header.unpack(head) if len(head) == header.size else ()
+            if found != magic:
+                raise ValueError(f'not an IDX file of {what} (magic number {found:#x}, should be {magic:#x})')
+            if tuple(shape) != image_shape:
+                raise ValueError(f'holds images of {shape[0]}x{shape[1]} pixels, should be 28x28')
+            if not 0 < count <= 300_000:  # before memory is asked for
+                raise ValueError(f'its header promises {count} {what}, MNIST has 60000 and 10000')
+            size = count * int(np.prod(image_shape))
+            content = file.read(size + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f'{path}: damaged gzip file ({error}); fetch it again') from None
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}; fetch it again') from None
+    if len(content) != size:
+        problem = 'cut short' if len(content) < size else 'has bytes left over'
+        raise ValueError(f'{path}: {problem} (its header promises {count} {what}); fetch it again')
+    return np.frombuffer(content, np.uint8).reshape((count,) + image_shape)
+
+
+def _from_openml():
+    """MNIST from OpenML through scikit-learn: parsed once (18 s, 0.8 GB), then kept as an .npz in its data home."""
+    from sklearn.datasets import fetch_openml, get_data_home
+    try:
+        home = get_data_home()
+    except OSError:  # a home that cannot be written
+        home = get_data_home(os.path.join(tempfile.gettempdir(), 'scikit_learn_data'))
+    cache = os.path.join(home, 'mnist_784.npz')
+    if os.path.exists(cache):
+        try:
+            with np.load(cache, allow_pickle=False) as arrays:
+                X, y = arrays['X'], arrays['y']
+            if X.dtype == y.dtype == np.uint8 and X.shape == (len(y), 28, 28):
+                return X, y
+            problem = 'not MNIST'
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            problem = error
+        print(f'{cache} is damaged ({problem}); fetching MNIST again', flush=True)
+    print('fetching MNIST from OpenML (15 MB, then half a minute to parse; only this once) ...', flush=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # scikit-learn sets none: a server that never answers would hold us for ever
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # scikit-learn's word on retries; the error below says it all
+            bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', data_home=home,
+                                 n_retries=0)
+        X, y = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
+    except Exception as error:  # network, HTTP, checksum, ARFF: whatever it was, there is no MNIST
+        reason = str(error).strip().split('\n')[0] or type(error).__name__
+        raise OSError(f'MNIST cannot be had from OpenML ({reason}); set mnist_path to a folder with its IDX files'
+                      ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    try:
+        with tempfile.NamedTemporaryFile(dir=home, suffix='.npz', delete=False) as file:
+            np.savez_compressed(file, X=X, y=y)
+        os.replace(file.name, cache)  # whole or not at all
+    except OSError as error:
+        print(f'MNIST could not be kept for the next start ({error})', flush=True)
+        if os.path.exists(file.name):
+            os.remove(file.name)
+    return X, y
+
+
+# ---------------------------------------------------------------- iterators
+
+def one_hot_maps(digits, size):
+    """(batch,) digits 0..9 -> (batch, 10, size, size) float32: ones in the digit's map, zeros in the others."""
+    return mx.nd.one_hot(digits, CLASSES).reshape((0, 0, 1, 1)).broadcast_axes(axis=(2, 3), size=(size, size))
+
+
+class PixelIter(mx.io.NDArrayIter):
+    """Batches of float32 images in [-1, 1] out of uint8 pixels; the conversion runs on the training device.
+
+    Every epoch has the same batches in the same order; the last one is filled up from the start (`pad`).
+
+    Parameters
+    ----------
+    X : uint8 array, (n, 1, 64, 64); shared, not copied (NumPy's side of it becomes read-only)
+    y : array of n digits
+    batch_size : int
+    nc : int
+        Channels to repeat the grey one to.
+    ctx : mx.Context
+        Where the batches are wanted. Default: the CPU.
+    conditional : bool
+        Append the ten maps of `one_hot_maps`.
+
+    Yields mx.io.DataBatch with data [(batch, nc (+ 10), 64, 64) float32] and label [(batch,) float32 digits].
+    """
+
+    # 256 numbers hold the whole float pipeline, bit for bit
+    LEVELS = np.arange(256, dtype=np.float32) / (255.0 / 2) - 1.0
+
+    def __init__(self, X, y, batch_size, nc=1, ctx=None, conditional=False):
+        super().__init__(mx.nd.from_numpy(np.ascontiguousarray(X)), mx.nd.array(y), batch_size, label_name='label')
+        self.nc, self.conditional = nc, conditional
+        self.levels = mx.nd.array(self.LEVELS, ctx=ctx or mx.cpu())
+
+    @property
+    def provide_data(self):
+        n, _, h, w = super().provide_data[0].shape
+        return [mx.io.DataDesc('data', (n, self.nc + CLASSES * self.conditional, h, w), np.float32)]
+
+    def getdata(self):
+        pixels = super().getdata()[0].as_in_context(self.levels.context)  # the step's one copy to the device
+        images = self.levels.take(pixels).broadcast_axes(axis=1, size=self.nc)
+        if self.conditional:
+            digits = self.getlabel()[0].as_in_context(images.context)
+            images = mx.nd.concat(images, one_hot_maps(digits, SIZE), dim=1)
+        return [images]
+
+
+class RandIter(mx.io.DataIter):
+    """Latent batches, Normal(0, 1), without end; drawn on `ctx` and reproducible from `mx.random.seed`.
+
+    Yields mx.io.DataBatch with data [(batch_size, ndim, 1, 1) float32] and no label; with `conditional`, a digit
+    is drawn for each, uniformly, and appended one-hot: (batch_size, ndim + 10, 1, 1), label [(batch_size,) int32].
+    """
+
+    def __init__(self, batch_size, ndim, ctx=None, conditional=False):
+        super().__init__(batch_size)
+        self.ndim, self.ctx, self.conditional = ndim, ctx, conditional
+        self.provide_data = [mx.io.DataDesc('rand', (batch_size, ndim + CLASSES * conditional, 1, 1), np.float32)]
+        self.provide_label = []
+        self.digits = []
+
+    def iter_next(self):
+        return True
+
+    def getdata(self):
+        latent = mx.random.normal(0, 1.0, shape=(self.batch_size, self.ndim, 1, 1), ctx=self.ctx)
+        if self.conditional:
+            self.digits = [mx.nd.random.randint(0, CLASSES, shape=(self.batch_size,), ctx=latent.context)]
+            latent = mx.nd.concat(latent, one_hot_maps(self.digits[0], 1), dim=1)
+        return [latent]
+
+    def getlabel(self):
+        return self.digits
+
+    def getpad(self):
+        return 0
+
+
+class ImagenetIter(mx.io.DataIter):
+    """Batches of photos from a RecordIO file (`im2rec.py` makes one): random crop, random mirror, [-1, 1].
+
+    Parameters
+    ----------
+    path : str
+        The .rec file. A shorter side of any size is first resized to 256 pixels.
+    batch_size : int
+    data_shape : tuple
+        (3, height, width)
+    ctx : mx.Context
+        Where the batches are wanted. Default: the CPU.
+    num_parts, part_index : int
+        This worker's share of the file, for several machines.
+
+    Yields mx.io.DataBatch with data [(batch_size,) + data_shape float32]; the last batch is filled up from the
+    start. Raises OSError where there is no such file, ValueError where it is no whole RecordIO file of images.
+    """
+
+    def __init__(self, path, batch_size, data_shape, ctx=None, num_parts=1, part_index=0):
+        super().__init__(batch_size)
+        _check_rec(path, batch_size * num_parts)
+        self.ctx = ctx or mx.cpu()
+        self.internal = mx.io.ImageRecordIter(
+            path_imgrec=path, data_shape=data_shape, batch_size=batch_size, resize=256, rand_crop=True,
+            min_crop_size=192, max_crop_size=256, rand_mirror=True, mean_r=127.5, mean_g=127.5, mean_b=127.5,
+            scale=1 / 127.5, preprocess_threads=int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count()),
+            num_parts=num_parts, part_index=part_index, verbose=False)
+        self.provide_data = [mx.io.DataDesc('data', (batch_size,) + tuple(data_shape), np.float32)]
+        self.provide_label = []
+
+    def reset(self):
+        self.internal.reset()
+
+    def iter_next(self):
+        return self.internal.iter_next()
+
+    def getdata(self):
+        return [self.internal.getdata().as_in_context(self.ctx)]
+
+    def getlabel(self):
+        return []
+
+    def getpad(self):
+        return self.internal.getpad()
+
+
+def _check_rec(path, batch_size):
+    """Find out in Python what MXNet would find out in a decoding thread, where an error ends the process.
+
+    RecordIO (dmlc-core, recordio.h): magic, 3 bits of flag and 29 of length, the data padded to 4 bytes. An aligned
+    magic never occurs inside the data, so the last one in the file starts the last record.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{path}: no such file; imgnet_path must name a .rec made by im2rec.py')
+    magic, size, step = 0xced7230a, os.path.getsize(path), 1 << 20
+    redo = 'make it again with im2rec.py'
+    with open(path, 'rb') as file:
+        def record(offset):
+            """Flag and end of the record that starts at `offset`."""
+            file.seek(offset)
+            head = file.read(8)
+            if len(head) < 8 or struct.unpack('<I', head[:4])[0] != magic:
+                raise ValueError(f'{path}: not a RecordIO file (at byte {offset}); {redo}' if size else
+                                 f'{path}: empty; {redo}')
+            length = struct.unpack('<I', head[4:])[0]
+            return length >> 29, offset + 8 + (length & (1 << 29) - 1) + 3 & ~3
+
+        images = offset = 0
+        while images < batch_size and (offset < size or not size):
+            start, (flag, offset) = offset, record(offset)
+            if offset > size:
+                raise ValueError(f'{path}: cut short (at byte {size}); {redo}')
+            if flag in (0, 1):  # the whole of a record or its first part
+                images += 1
+            if images == 1 and flag == 0:
+                file.seek(start + 8)
+                _, image = mx.recordio.unpack(file.read(offset - start - 8))
+                if cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) is None:
+                    raise ValueError(f'{path}: its records are not images; {redo}')
+        if images < batch_size:
+            raise ValueError(f'{path}: has {images} images, fewer than the batch of {batch_size}')
+        last = size - size % 4
+        found = -1
+        while found < 0 and last > 0:
+            first = max(0, last - step)
+            file.seek(first)
+            words = np.frombuffer(file.read(last - first), '<u4')
+            hits = np.flatnonzero(words == magic)
+            found = first + 4 * int(hits[-1]) if len(hits) else -1
+            last = first
+        if record(found)[1] != size:
+            raise ValueError(f'{path}: cut short (at byte {size}); {redo}')
