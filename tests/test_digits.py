@@ -1,0 +1,170 @@
+"""Which digits there are: the coverage metric, the conditional networks, and images out of a checkpoint."""
+import csv
+import glob
+import os
+
+import cv2
+import numpy as np
+import pytest
+
+import dcgan
+import data
+import visual
+from conftest import ROOT
+
+mx = dcgan.mx
+MNIST = os.path.join(ROOT, '..', 'shared', 'mnist')
+
+
+# ---------------------------------------------------------------- coverage
+
+@pytest.mark.parametrize('source', [
+    data.get_digits, pytest.param(lambda **kw: data.get_mnist(MNIST, **kw), id='mnist', marks=pytest.mark.skipif(
+        not os.path.isdir(MNIST), reason='the real MNIST is not here'))])
+def test_the_classifier_knows_the_real_digits(source):
+    X, held_out, y, expected = source(labels=True)
+    found = dcgan.Coverage(X, y).classify(held_out).argmax(axis=1)
+    assert (found == expected).mean() >= 0.97
+
+
+def coverage_of(digits, confidence=0.9, y=np.arange(10)):
+    """Coverage whose classifier reads the digit from an image's first pixel."""
+    coverage = dcgan.Coverage(None, y)
+    coverage.classify = lambda X: np.where(np.arange(10) == np.rint(X[:, 0, 0, :1]), confidence, (1 - confidence) / 9)
+    return coverage, np.asarray(digits).reshape(-1, 1, 1, 1) / 127.5 - 1
+
+
+def test_coverage_by_hand():
+    coverage, images = coverage_of([0] * 500 + [1] * 491 + [2] * 9)
+    coverage.update([], [images[:600]])
+    coverage.update([], [images[600:]])
+    row = dict(zip(*coverage.get()))
+    shares = np.array([0.5, 0.491, 0.009])
+    assert [row[f'share_{digit}'] for digit in range(4)] == [0.5, 0.491, 0.009, 0]
+    assert row['digits'] == 2  # 0.9 % is not there
+    assert np.isclose(row['confidence'], 0.9) and np.isclose(row['kl'], (shares * np.log(shares / 0.1)).sum())
+    assert 'asked' not in row
+    coverage.reset()
+    coverage.update([], [images[:10]])
+    assert dict(zip(*coverage.get()))['share_0'] == 1
+
+
+def test_coverage_of_digits_asked_for():
+    coverage, images = coverage_of(np.arange(100) % 10)
+    asked = np.arange(100) % 10
+    asked[[0, 10]] = 5  # two zeros where fives were asked for
+    coverage.update([asked], [images])
+    row = dict(zip(*coverage.get()))
+    assert np.isclose(row['asked'], 0.98) and np.isclose(row['asked_worst'], 10 / 12)
+
+
+@pytest.mark.parametrize('conditional', [False, True])
+def test_the_line_and_the_columns_of_an_epoch(tiny, capsys, conditional):
+    s = tiny(epochs=2, coverage=True, conditional=conditional)
+    dcgan.train(s)
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'digits: ' in line and 'shares' in line]
+    assert len(lines) == 2 and all(len(line) <= 120 and ('as asked' in line) == conditional for line in lines)
+    path, = glob.glob(f'{s.out}/*.csv')
+    with open(path) as file:
+        rows = [row for row in csv.DictReader(file) if row['kl']]
+    assert [(row['epoch'], row['iteration'], bool(row['asked'])) for row in rows] == [
+        ('0', '15', conditional), ('1', '15', conditional)]
+    assert np.isclose(sum(float(rows[0][f'share_{digit}']) for digit in range(10)), 1)
+
+
+# ---------------------------------------------------------------- conditional
+
+def test_what_a_conditional_d_is_shown(tiny, monkeypatch):
+    """Fakes and reals with ten constant maps, their digit's alone being ones; G gets the image's part of `diff`."""
+    s = tiny(conditional=True, batch_size=50, nc=3, ctx=[mx.cpu()])
+    X, _, y, _ = data.get_digits(labels=True)
+    batches = data.PixelIter(X, y, 50, 3, conditional=True)
+    latents = data.RandIter(50, s.Z, conditional=True)
+    modules = dcgan.make_modules(s, batches.provide_data, latents.provide_data)
+    seen, rbatch, batch = [], next(latents), next(batches)
+    for mod in modules[1:]:
+        monkeypatch.setattr(mod, 'forward', lambda b, is_train, f=mod.forward: seen.append(
+            b.data[0].asnumpy()) or f(b, is_train=is_train))
+    monkeypatch.setattr(modules[0], 'backward', lambda grads, f=modules[0].backward: seen.append(
+        grads[0].asnumpy()) or f(grads))
+    fakes, diff, _ = dcgan.train_step(*modules, rbatch, batch, mx.nd.zeros(50), mx.nd.ones(50))
+    fake, real, again, gradient = seen
+    digits = rbatch.label[0].asnumpy()
+    for shown, expected in (fake, digits), (real, y[:50]), (again, digits):
+        assert shown.shape == (50, 13, 64, 64)
+        assert np.array_equal(shown[:, 3:], np.broadcast_to(np.eye(10)[expected][:, :, None, None], (50, 10, 64, 64)))
+    assert np.array_equal(fake[:, :3], fakes.asnumpy()) and np.array_equal(again, fake)
+    assert np.array_equal(rbatch.data[0].asnumpy()[:, s.Z:, 0, 0], np.eye(10)[digits])
+    assert gradient.shape == (50, 3, 64, 64) and np.array_equal(gradient, diff.asnumpy())
+    assert np.array_equal(gradient, modules[2].get_input_grads()[0].asnumpy()[:, :3])
+
+
+def test_a_digit_a_column():
+    digits = np.array([3, 3, 0, 9, 3])
+    X = np.arange(1, 6, dtype=np.float32).reshape(5, 1, 1, 1)
+    assert dcgan.by_digit(X, digits).ravel().tolist() == [3, -1, -1, 1, -1, -1, -1, -1, -1, 4]
+    X, digits = np.arange(12, dtype=np.float32).reshape(12, 1, 1, 1), np.array([0] * 3 + [1] * 9)
+    assert dcgan.by_digit(X, digits).ravel().tolist()[::10] == [0, 1] and dcgan.by_digit(X, digits)[11] == 4
+
+
+# ---------------------------------------------------------------- images out of a checkpoint
+
+def samples(s, **changes):
+    dcgan.train(dcgan.dataclasses.replace(s, resume='latest', **changes))
+    return {name: cv2.imread(os.path.join(s.out, name)) for name in ('sample.png', 'walk.png')}
+
+
+def test_samples(tiny, capsys):
+    s = tiny(epochs=2)
+    dcgan.train(s)
+    # no data, another machine's folder: sampling needs neither
+    first = samples(s, sample=30, dataset='mnist', mnist_path='nowhere')
+    assert [line for line in capsys.readouterr().out.splitlines()][-1].startswith('30 images of ')
+    single = [cv2.imread(os.path.join(s.out, 'sample', f'{i:05d}.png')) for i in range(30)]
+    assert len(os.listdir(os.path.join(s.out, 'sample'))) == 30
+    assert first['sample.png'].shape == (5 * 64, 6 * 64, 3) and first['walk.png'].shape == (6 * 64, 10 * 64, 3)
+    assert np.array_equal(first['sample.png'][64:128, :64], single[6])
+    again = samples(s, sample=30)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    other = samples(s, sample=30, seed=4)
+    assert not np.array_equal(first['sample.png'], other['sample.png'])
+    # independently: MXNet's own loading, the moving averages, NumPy's latents
+    path = sorted(glob.glob(f'{s.out}/*_G_*-0001.params'))[0]
+    mod = mx.mod.Module.load(path[:-len('-0001.params')], 1, data_names=('rand',), label_names=None)
+    mod.bind([('rand', (30, 8, 1, 1))], for_training=False)
+    latent = np.random.RandomState(3).normal(size=(30, 8)).astype(np.float32)
+    mod.forward(mx.io.DataBatch([mx.nd.array(latent.reshape(30, 8, 1, 1))]), is_train=False)
+    assert np.array_equal(visual.tile(mod.get_outputs()[0].asnumpy()), first['sample.png'])
+
+
+def test_the_walk_goes_through_its_points(tiny):
+    """The last image of a row and the first of the next are of the same latent vector."""
+    s = tiny()
+    dcgan.train(s)
+    walk = samples(s, sample=1)['walk.png'].reshape(6, 64, 10, 64, 3).swapaxes(1, 2)
+    assert np.abs(walk[:-1, -1].astype(int) - walk[1:, 0]).max() <= 1
+    assert np.any(walk[0, 0] != walk[0, -1])
+
+
+def test_the_digits_asked_for(tiny, monkeypatch):
+    s = tiny(conditional=True)
+    dcgan.train(s)
+    asked = []
+    generate = dcgan.generate
+    monkeypatch.setattr(dcgan, 'generate', lambda modG, latent, digits: asked.append(digits.tolist()) or
+                        generate(modG, latent, digits))
+    pictures = samples(s, sample=10, digits='5551234')
+    assert asked[0] == [5, 5, 5, 1, 2, 3, 4, 5, 5, 5] and asked[1] == [d for d in (5, 5, 5, 1, 2, 3) for _ in range(10)]
+    assert pictures['sample.png'].shape == (2 * 64, 7 * 64, 3)  # one digit a column
+
+
+def test_the_mosaics_of_the_epochs_are_of_the_same_latents(tiny):
+    s = tiny(epochs=2, check_point=True)
+    dcgan.train(s)
+    latent, digits = dcgan.fixed_latents(s, s.batch_size)
+    for epoch in range(2):
+        path, = glob.glob(f'{s.out}/*_G_*-{epoch:04d}.params')
+        mod = mx.mod.Module.load(path[:-len('-0000.params')], epoch, data_names=('rand',), label_names=None)
+        mod.bind([('rand', (s.batch_size, 8, 1, 1))], for_training=False)
+        expected = visual.tile(dcgan.generate(mod, latent, digits))
+        assert np.array_equal(cv2.imread(f'{s.out}/gout-{epoch:04d}.png'), expected)

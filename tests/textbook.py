@@ -1,0 +1,96 @@
+"""The training step as the README lists it, written naively: the judge of the program's.
+
+D itself is used in step 7, with everything it can compute; every step ends before the next begins. Several devices
+are several networks with the same weights, each with its part of the batch.
+"""
+import itertools
+
+import dcgan
+import mxnet as mx
+import numpy as np
+
+
+def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epochs=1, parts=1):
+    """Train for epochs of so many steps on float images X (n, nc, 64, 64).
+
+    Returns {name: array}, the parameters and (the first part's) moving averages of both networks, and for each step
+    the metrics' (facc, fentropy of G, of D).
+    """
+    gout, dloss = dcgan.make_dcgan_sym(ngf, ndf, nc)
+    size = batch_size // parts
+    mx.random.seed(seed)
+    modsG, modsD = [], []
+    for mods, symbol, names, shapes, labels in (
+            (modsG, gout, dict(data_names=('rand',), label_names=None), [('rand', (size, Z, 1, 1))], None),
+            (modsD, dloss, dict(label_names=('label',)), [('data', (size, nc, 64, 64))], [('label', (size,))])):
+        for part in range(parts):
+            mod = mx.mod.Module(symbol, **names)
+            mod.bind(shapes, labels, inputs_need_grad=True)
+            if part == 0:
+                mod.init_params(mx.init.Normal(0.02))
+            else:
+                mod.set_params(*mods[0].get_params())
+            mod.init_optimizer(optimizer='adam', optimizer_params={
+                'learning_rate': lr, 'wd': 0., 'beta1': beta1, 'rescale_grad': 1 / batch_size})
+            mods.append(mod)
+
+    def split(array):
+        return [array[part * size:(part + 1) * size] for part in range(parts)]
+
+    def discriminate(images, label):
+        for mod, half in zip(modsD, images):
+            mod.forward(mx.io.DataBatch([half], [mx.nd.full((size,), label)]), is_train=True)
+            mod.backward()
+        mx.nd.waitall()
+        pred = np.concatenate([mod.get_outputs()[0].asnumpy() for mod in modsD])
+        labels = np.full(batch_size, float(label))
+        return dcgan.facc(labels, pred), dcgan.fentropy(labels, pred)
+
+    def gradients(mod):
+        return [grads[0] for grads in mod._exec_group.grad_arrays]
+
+    def update(mods):
+        for grads in zip(*map(gradients, mods)):
+            total = sum(grads[1:], grads[0].copy())
+            for grad in grads:
+                grad[:] = total
+        for mod in mods:
+            mod.update()
+        mx.nd.waitall()
+
+    metrics = []
+    for epoch, t in itertools.product(range(epochs), range(steps)):
+        if t == 0:
+            mx.random.seed(seed + 1 + epoch)
+        latent = mx.random.normal(0, 1.0, shape=(batch_size, Z, 1, 1))
+        real = mx.nd.array(X[t * batch_size:(t + 1) * batch_size])
+        # 1
+        for mod, half in zip(modsG, split(latent)):
+            mod.forward(mx.io.DataBatch([half], []), is_train=True)
+        mx.nd.waitall()
+        fakes = [mod.get_outputs()[0].copy() for mod in modsG]
+        # 2, 3
+        facc_fake, entropy_fake = discriminate(fakes, 0)
+        kept = [[grad.copy() for grad in gradients(mod)] for mod in modsD]
+        # 4
+        facc_real, entropy_real = discriminate(split(real), 1)
+        # 5
+        for mod, others in zip(modsD, kept):
+            for grad, other in zip(gradients(mod), others):
+                grad += other
+        update(modsD)
+        # 6, 7
+        _, entropy = discriminate(fakes, 1)
+        diffs = [mod.get_input_grads()[0].copy() for mod in modsD]
+        # 8
+        for mod, diff in zip(modsG, diffs):
+            mod.backward([diff])
+        mx.nd.waitall()
+        update(modsG)
+        metrics.append(((facc_fake + facc_real) / 2, entropy, (entropy_fake + entropy_real) / 2))
+    arrays = {}
+    for mod in (modsG[0], modsD[0]):
+        executor = mod._exec_group.execs[0]
+        arrays.update({name: executor.arg_dict[name].asnumpy() for name in mod._param_names})
+        arrays.update({name: executor.aux_dict[name].asnumpy() for name in mod._aux_names})
+    return arrays, metrics
