@@ -9,7 +9,6 @@ import socket
 import struct
 import tempfile
 import warnings
-import zipfile
 import zlib
 
 import cv2
@@ -133,35 +132,35 @@ def _from_openml():
         try:
             with np.load(cache, allow_pickle=False) as arrays:
                 X, y = arrays['X'], arrays['y']
-            if X.dtype == y.dtype == np.uint8 and X.shape == (len(y), 28, 28):
+            if X.dtype == y.dtype == np.uint8 and X.shape == y.shape[:1] + (28, 28) and y.ndim == 1 and len(y):
                 return X, y
             problem = 'not MNIST'
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # zipfile and NumPy have a dozen kinds for a flipped bit
             problem = error
         print(f'{cache} is damaged ({problem}); fetching MNIST again', flush=True)
     print('fetching MNIST from OpenML (15 MB, then half a minute to parse; only this once) ...', flush=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # scikit-learn sets none: a server that never answers would hold us for ever
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # scikit-learn's word on retries; the error below says it all
-            bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', data_home=home,
-                                 n_retries=0)
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=home) as scratch:
+            warnings.simplefilter('ignore')
+            warnings.filterwarnings('error', '.*(Retrying|redownloading)')  # its word before it waits 30 s again
+            bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', data_home=scratch)
         X, y = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
     except Exception as error:  # network, HTTP, checksum, ARFF: whatever it was, there is no MNIST
+        while isinstance(error, Warning):
+            error = error.__context__  # what it wanted to try again after
         reason = str(error).strip().split('\n')[0] or type(error).__name__
         raise OSError(f'MNIST cannot be had from OpenML ({reason}); set mnist_path to a folder with its IDX files'
                       ) from None
     finally:
         socket.setdefaulttimeout(timeout)
     try:
-        with tempfile.NamedTemporaryFile(dir=home, suffix='.npz', delete=False) as file:
-            np.savez_compressed(file, X=X, y=y)
-        os.replace(file.name, cache)  # whole or not at all
+        with tempfile.TemporaryDirectory(dir=home) as scratch:
+            np.savez_compressed(os.path.join(scratch, 'mnist.npz'), X=X, y=y)
+            os.replace(os.path.join(scratch, 'mnist.npz'), cache)  # whole or not at all
     except OSError as error:
         print(f'MNIST could not be kept for the next start ({error})', flush=True)
-        if os.path.exists(file.name):
-            os.remove(file.name)
     return X, y
 
 
@@ -279,17 +278,18 @@ class ImagenetIter(mx.io.DataIter):
     def reset(self):
         self.internal.reset()
 
-    def iter_next(self):
-        return self.internal.iter_next()
+    def iter_next(self):  # not `internal.iter_next`: it stays at the batch that MXNet reads ahead to learn its shape
+        self.batch = next(self.internal, None)
+        return self.batch is not None
 
     def getdata(self):
-        return [self.internal.getdata().as_in_context(self.ctx)]
+        return [self.batch.data[0].as_in_context(self.ctx)]
 
     def getlabel(self):
         return []
 
     def getpad(self):
-        return self.internal.getpad()
+        return self.batch.pad
 
 
 def _check_rec(path, batch_size):
@@ -300,6 +300,8 @@ def _check_rec(path, batch_size):
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path}: no such file; imgnet_path must name a .rec made by im2rec.py')
+    if set('#?;') & set(path):
+        raise ValueError(f'{path}: MXNet reads # ? and ; in a name its own way; rename the file or its folder')
     magic, size, step = 0xced7230a, os.path.getsize(path), 1 << 20
     redo = 'make it again with im2rec.py'
     with open(path, 'rb') as file:
@@ -336,5 +338,6 @@ def _check_rec(path, batch_size):
             hits = np.flatnonzero(words == magic)
             found = first + 4 * int(hits[-1]) if len(hits) else -1
             last = first
-        if record(found)[1] != size:
+        flag, end = record(found)
+        if end != size or flag not in (0, 3):  # the whole of a record or its last part
             raise ValueError(f'{path}: cut short (at byte {size}); {redo}')

@@ -551,6 +551,7 @@ def connect(s):
 
 def disconnect(kv):
     """Leave the cluster together with the other workers; MXNet aborts where it is left to Python's own end."""
+    kv._barrier()  # the first worker may still be counting digits, or saving
     kv.closing.set()
     kv.watcher.join()
     late = threading.Timer(ALONE, give_up, [f'the other workers have not ended within {ALONE} s'])

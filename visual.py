@@ -157,8 +157,10 @@ def _view(out):
             if picture is None:
                 continue
             shown[title] = version
-            if title not in opened:  # side by side, the curves below the mosaics; each at its size, within 640 pixels
-                height, width = (int(size * min(1, 640 / max(picture.shape))) for size in picture.shape[:2])
+            if title not in opened:  # 1920x1080 holds three mosaics side by side and the curves below them
+                height, width = picture.shape[:2]
+                scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
+                height, width = int(height * scale), int(width * scale)
                 cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
                 cv2.resizeWindow(title, width, height)
                 cv2.moveWindow(title, 5 + i % 3 * (width + 10), 22 + i // 3 * 556)  # 22: room for the title bar

@@ -50,7 +50,7 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
         return [grads[0] for grads in mod._exec_group.grad_arrays]
 
     def update(mods):
-        for grads in zip(*map(gradients, mods)):
+        for grads in zip(*map(gradients, mods)) if parts > 1 else ():
             total = sum(grads[1:], grads[0].copy())
             for grad in grads:
                 grad[:] = total

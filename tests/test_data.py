@@ -1,0 +1,638 @@
+"""data.py: what every source yields, and every way in which what it reads can be wrong."""
+import gzip
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import os
+import pathlib
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import tracemalloc
+import urllib.parse
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import example, given, settings, strategies as st
+from sklearn.datasets import _openml, load_digits
+
+import dcgan  # before mxnet: it prepares the environment
+import data
+import mxnet as mx
+
+ROOT = pathlib.Path(dcgan.__file__).resolve().parent
+REAL_MNIST = ROOT.parent / 'shared' / 'mnist'
+
+
+def random_images(n, seed=0):
+    """(n, 28, 28) pixels and (n,) digits, uint8."""
+    rng = np.random.RandomState(seed)
+    return rng.randint(0, 256, (n, 28, 28)).astype(np.uint8), rng.randint(0, 10, n).astype(np.uint8)
+
+
+def prepared(X, y, num_train):
+    """What get_mnist has to make of images in the order of their files, in the plainest way."""
+    order = np.random.RandomState(1234).permutation(len(X))
+    images = np.stack([cv2.resize(X[i], (64, 64)) for i in order])[:, np.newaxis]
+    return images[:num_train], images[num_train:], y[order[:num_train]], y[order[num_train:]]
+
+
+def assert_equal(found, expected):
+    for a, b in zip(found, expected):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    assert len(found) == len(expected)
+
+
+def assert_clear(error, *words):
+    """One line, which has all the words."""
+    assert '\n' not in str(error.value)
+    for word in words:
+        assert str(word) in str(error.value)
+
+
+def cases(names, table):
+    return pytest.mark.parametrize(names, list(table.values()), ids=list(table))
+
+
+def flipped(content, position, bits=0x10):
+    content = bytearray(content)
+    content[position] ^= bits
+    return bytes(content)
+
+
+# ---------------------------------------------------------------- digits and MNIST's files
+
+def test_digits():
+    bunch = load_digits()
+    expected = prepared(np.floor(bunch.images * 255 / 16).astype(np.uint8), bunch.target.astype(np.uint8), 1500)
+    found = data.get_digits(labels=True)
+    assert_equal(found, expected)
+    assert [a.shape for a in found] == [(1500, 1, 64, 64), (297, 1, 64, 64), (1500,), (297,)]
+    assert found[0].min() == 0 and found[0].max() == 255
+    assert set(found[2]) == set(range(10))
+    assert_equal(data.get_digits(), expected[:2])  # again, and without labels
+
+
+def idx(array):
+    return struct.pack(f'>{1 + array.ndim}I', 0x800 + array.ndim, *array.shape) + array.tobytes()
+
+
+def write_mnist(folder, dot='-', gz=''):
+    """60 training and 20 test images as MNIST's four files; returns (X, y) of all."""
+    X, y = random_images(80)
+    for part, where in (('train', slice(60)), ('t10k', slice(60, None))):
+        for kind, array in (('images{}idx3', X[where]), ('labels{}idx1', y[where])):
+            content = gzip.compress(idx(array)) if gz else idx(array)
+            (folder / f'{part}-{kind.format(dot)}-ubyte{gz}').write_bytes(content)
+    return X, y
+
+
+@pytest.mark.parametrize('dot', '-.')
+@pytest.mark.parametrize('gz', ['', '.gz'])
+def test_mnist(tmp_path, dot, gz):
+    X, y = write_mnist(tmp_path, dot, gz)
+    expected = prepared(X, y, 60)
+    assert_equal(data.get_mnist(str(tmp_path), labels=True), expected)
+    assert_equal(data.get_mnist(str(tmp_path)), expected[:2])
+
+
+@pytest.mark.skipif(not REAL_MNIST.is_dir(), reason='the real MNIST is not here')
+def test_real_mnist():
+    X_train, X_test, y_train, y_test = data.get_mnist(str(REAL_MNIST), labels=True)
+    assert X_train.shape == (60000, 1, 64, 64) and X_test.shape == (10000, 1, 64, 64)
+    counts = np.bincount(np.concatenate([y_train, y_test]))
+    assert counts.tolist() == [6903, 7877, 6990, 7141, 6824, 6313, 6876, 7293, 6825, 6958]
+
+
+IMAGES, LABELS = 'train-images-idx3-ubyte', 'train-labels-idx1-ubyte'
+
+
+@cases('name, damage, problem', {
+    'empty': (IMAGES, lambda b: b'', 'empty'),
+    'cut in the magic number': (IMAGES, lambda b: b[:3], 'header'),
+    'cut in the header': (IMAGES, lambda b: b[:15], 'header'),
+    'cut in the data': (IMAGES, lambda b: b[:-1], 'cut short'),
+    'trailing byte': (IMAGES, lambda b: b + b'\0', 'left over'),
+    'wrong magic': (IMAGES, lambda b: b'\0\0\x0d\x03' + b[4:], '0xd03'),
+    'labels given as images': (IMAGES, lambda b: idx(np.zeros(60, np.uint8)), '0x801'),
+    'images given as labels': (LABELS, lambda b: idx(np.zeros((60, 28, 28), np.uint8)), '0x803'),
+    'labels cut': (LABELS, lambda b: b[:-1], 'cut short'),
+    'fewer labels': (LABELS, lambda b: idx(np.zeros(59, np.uint8)), '59 labels for 60 images'),
+    'label 10': (LABELS, lambda b: b[:-1] + b'\x0a', 'label 10'),
+    '14x56': (IMAGES, lambda b: idx(np.zeros((60, 14, 56), np.uint8)), '14x56'),
+    'no images': (IMAGES, lambda b: idx(np.zeros((0, 28, 28), np.uint8)), 'promises 0 images'),
+    'absurd count': (IMAGES, lambda b: b[:4] + b'\xff' * 4 + b[8:], '4294967295'),
+    'gzip cut short': (IMAGES, lambda b: gzip.compress(b)[:-20], 'gzip'),
+    'gzip cut in its header': (IMAGES, lambda b: gzip.compress(b)[:5], 'gzip'),
+    'gzip with a flipped byte': (IMAGES, lambda b: flipped(gzip.compress(b), 1000), 'gzip'),
+    'gzip with a wrong checksum': (IMAGES, lambda b: flipped(gzip.compress(b), -8), 'gzip'),
+    'gzip and more': (IMAGES, lambda b: gzip.compress(b) + b'more', 'gzip')})
+def test_damaged_idx(tmp_path, name, damage, problem):
+    write_mnist(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises((ValueError, OSError)) as error:
+        data.get_mnist(str(tmp_path))
+    assert_clear(error, path, problem)
+
+
+@pytest.mark.parametrize('name', [IMAGES, LABELS, 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte'])
+def test_missing_idx(tmp_path, name):
+    with pytest.raises(FileNotFoundError) as error:
+        data.get_mnist(str(tmp_path / 'nowhere'))
+    assert_clear(error, 'nowhere', 'mnist_path')
+    write_mnist(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        data.get_mnist(str(tmp_path))
+    assert_clear(error, tmp_path / name, 'mnist_path')
+
+
+@st.composite
+def idx_like(draw):
+    """Random bytes; or after a header; or either of them gzip-compressed, perhaps with a flipped byte."""
+    count = draw(st.one_of(st.integers(0, 3), st.integers(0, 2 ** 32 - 1)))
+    header = draw(st.sampled_from([b'', struct.pack('>II', 0x801, count), struct.pack('>4I', 0x803, count, 28, 28)]))
+    content = header + draw(st.one_of(st.binary(max_size=50), st.just(bytes(784 * min(count, 3))),
+                                      st.just(bytes(min(count, 3)))))
+    if draw(st.booleans()):
+        content = gzip.compress(content)
+        if draw(st.booleans()):
+            content = flipped(content, draw(st.integers(0, len(content) - 1)))
+    return content
+
+
+@settings(deadline=None)
+@given(content=idx_like(), shape=st.sampled_from([(), (28, 28)]))
+@example(content=struct.pack('>4I', 0x803, 300_000, 28, 28), shape=(28, 28))
+@example(content=idx(np.zeros((3, 28, 28), np.uint8)), shape=(28, 28))
+def test_any_bytes_as_idx(tmp_path_factory, content, shape):
+    path = tmp_path_factory.getbasetemp() / 'random-idx'
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        array = data._read_idx(str(path), 'images' if shape else 'labels', shape)
+        assert array.dtype == np.uint8 and len(array) and array.shape[1:] == shape
+    except (ValueError, OSError) as error:
+        assert str(path) in str(error) and '\n' not in str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 500e6
+
+
+# ---------------------------------------------------------------- batches of images and of latent vectors
+
+@pytest.mark.parametrize('conditional', [False, True])
+@pytest.mark.parametrize('nc', [1, 3])
+def test_pixel_iter(nc, conditional):
+    rng = np.random.RandomState(0)
+    X, y = rng.randint(0, 256, (8, 1, 64, 64)).astype(np.uint8), rng.randint(0, 10, 8)
+    assert len(np.unique(X)) == 256
+    expected = np.tile(X.astype(np.float32) / (255.0 / 2) - 1.0, (1, nc, 1, 1))
+    if conditional:
+        maps = np.eye(10, dtype=np.float32)[y][:, :, np.newaxis, np.newaxis]
+        expected = np.concatenate([expected, np.tile(maps, (1, 1, 64, 64))], axis=1)
+    batches = data.PixelIter(X.copy(), y, 3, nc, mx.cpu(1), conditional)
+    for _ in range(2):  # epochs
+        batches.reset()
+        found = list(batches)
+        assert [batch.pad for batch in found] == [0, 0, 1]
+        for start, batch in zip((0, 3, 6), found):
+            where = np.arange(start, start + 3) % 8  # the last batch is filled up from the start
+            assert batch.data[0].context == mx.cpu(1)
+            assert_equal([batch.data[0].asnumpy()], [expected[where]])
+            assert_equal([batch.label[0].asnumpy()], [y[where].astype(np.float32)])
+            for told, arrays in ((batches.provide_data, batch.data), (batches.provide_label, batch.label)):
+                assert [(t.shape, t.dtype) for t in told] == [(a.shape, a.dtype) for a in arrays]
+    assert [told.name for told in batches.provide_data + batches.provide_label] == ['data', 'label']
+
+
+def test_pixel_iter_keeps_the_pixels_it_was_given():
+    pixels = np.zeros((4, 1, 64, 64), np.uint8)
+    batches = data.PixelIter(pixels[:], np.zeros(4), 2)
+    assert batches.data[0][1].dtype == np.uint8
+    pixels[:] = 255  # seen by the iterator: it has no copy of its own, float or not
+    assert (next(batches).data[0].asnumpy() == 1).all()
+
+
+@pytest.mark.parametrize('conditional', [False, True])
+@pytest.mark.parametrize('ctx', [mx.cpu(), mx.cpu(1)])
+def test_rand_iter(ctx, conditional):
+    def draw(seed):
+        mx.random.seed(seed)
+        return [(batch.data[0].asnumpy(), batch.label) for batch in itertools.islice(latents, 2)]
+
+    latents = data.RandIter(5, 7, ctx, conditional)
+    batch = next(latents)
+    told = latents.provide_data[0]
+    assert (told.name, told.shape, told.dtype) == ('rand', batch.data[0].shape, batch.data[0].dtype)
+    assert batch.data[0].shape == (5, 17 if conditional else 7, 1, 1)
+    assert all(array.context == ctx for array in batch.data + batch.label)
+    first, again, other = draw(1), draw(1), draw(2)
+    for (a, _), (b, _), (c, _) in zip(first, again, other):
+        assert (a == b).all() and (a[:, :7] != c[:, :7]).all()
+    assert (first[0][0][:, :7] != first[1][0][:, :7]).all()  # no batch like the other
+    if not conditional:
+        assert not batch.label and not latents.provide_label
+        mx.random.seed(1)
+        for latent, _ in first:
+            expected = mx.random.normal(0, 1, shape=(5, 7, 1, 1), ctx=ctx)
+            assert_equal([latent], [expected.asnumpy()])
+
+
+def test_rand_iter_digits():
+    mx.random.seed(1)
+    batch = next(data.RandIter(3000, 2, conditional=True))
+    digits = batch.label[0].asnumpy()
+    counts = np.bincount(digits, minlength=10)
+    assert len(counts) == 10 and abs(counts - 300).max() < 100  # six standard deviations
+    assert (batch.data[0].asnumpy()[:, 2:, 0, 0] == np.eye(10)[digits]).all()
+
+
+# ---------------------------------------------------------------- OpenML, by scikit-learn's own client
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        server.requests.append(self.path)
+        kind = next(kind for kind in server.pages if kind in self.path)
+        fault, page = server.faults.get(kind), server.pages[kind]
+        if fault == 'silent':
+            server.over.wait()
+        elif isinstance(fault, int):
+            self.send_error(fault)
+        else:
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(page)))
+            if kind == 'download':
+                self.send_header('Content-Encoding', 'gzip')
+            self.end_headers()
+            self.wfile.write(page[:len(page) // 2] if fault in ('cut', 'stalled') else page)
+            if fault == 'stalled':
+                server.over.wait()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope='module')
+def mnist_784():
+    """210 images, their digits, and by address the pages with which OpenML serves them; the last two also wrong."""
+    X, y = random_images(210)
+    columns = [f'pixel{i}' for i in range(1, 785)]
+    rows = '\n'.join(','.join(map(str, [*image, digit])) for image, digit in zip(X.reshape(210, 784), y))
+    arff = ''.join(['@RELATION mnist_784\n', *(f'@ATTRIBUTE {name} real\n' for name in columns),
+                    '@ATTRIBUTE class {0,1,2,3,4,5,6,7,8,9}\n@DATA\n', rows]).encode()
+    feature = {'data_type': 'numeric', 'is_target': 'false', 'is_ignore': 'false', 'is_row_identifier': 'false',
+               'number_of_missing_values': '0'}
+    features = [dict(feature, index=str(i), name=name) for i, name in enumerate(columns)]
+    features.append(dict(feature, index='784', name='class', data_type='nominal', is_target='true',
+                         nominal_value=list('0123456789')))
+    about = {'id': '554', 'name': 'mnist_784', 'version': '1', 'format': 'ARFF', 'status': 'active',
+             'description': 'handwritten', 'file_id': '52667', 'md5_checksum': hashlib.md5(arff).hexdigest(),
+             'url': 'https://www.openml.org/data/v1/download/52667/mnist_784.arff'}
+    pages = {
+        'data_name/mnist_784/limit/2/data_version/1': {'data': {'dataset': [dict(about, did=554)]}},
+        'data/features/554': {'data_features': {'feature': features}},
+        'data/qualities/554': {'data_qualities': {'quality': [{'name': 'NumberOfInstances', 'value': '210.0'}]}},
+        'json/data/554': {'data_set_description': about}}
+    pages = {address: json.dumps(page).encode() for address, page in pages.items()}
+    pages['download'] = gzip.compress(arff)
+    wrong = {'json/data/554': json.dumps({'data_set_description': dict(about, md5_checksum='0' * 32)}).encode(),
+             'download': gzip.compress(arff.replace(b',7,', b',8,', 1))}
+    return X, y, pages, wrong
+
+
+class OpenML(http.server.ThreadingHTTPServer):
+    """Answers as OpenML does; `faults`: part of an address -> what goes wrong there."""
+
+    def __init__(self, X, y, pages, wrong):
+        super().__init__(('127.0.0.1', 0), Answer)
+        self.X, self.y, self.pages, self.wrong = X, y, dict(pages), wrong
+        self.faults, self.requests, self.over = {}, [], threading.Event()
+
+    def stop(self):
+        self.over.set()
+        self.shutdown()
+        self.server_close()
+
+
+@pytest.fixture
+def openml(mnist_784, monkeypatch, tmp_path):
+    server, urlopen = OpenML(*mnist_784), _openml.urlopen
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def redirected(request, *args, **kwargs):
+        address = urllib.parse.urlsplit(request.full_url)
+        request.full_url = f'http://127.0.0.1:{server.server_port}{address.path}'
+        return urlopen(request, *args, **kwargs)
+
+    monkeypatch.setattr(_openml, 'urlopen', redirected)
+    monkeypatch.setenv('no_proxy', '*')
+    monkeypatch.setenv('SCIKIT_LEARN_DATA', str(tmp_path / 'home'))
+    server.home = tmp_path / 'home'
+    server.cache = server.home / 'mnist_784.npz'
+    yield server
+    server.stop()
+
+
+def test_openml(openml, monkeypatch, capsys):
+    printed, urlopen = [], _openml.urlopen
+    monkeypatch.setattr(_openml, 'urlopen', lambda *args: printed.append(capsys.readouterr().out) or urlopen(*args))
+    expected = prepared(openml.X, openml.y, 180)
+    assert_equal(data.get_mnist(labels=True), expected)
+    assert 'OpenML' in printed[0]  # before it does anything
+    assert socket.getdefaulttimeout() is None
+    openml.stop()
+    openml.requests.clear()
+    assert set(os.listdir(openml.home)) <= {openml.cache.name, 'openml'}  # nothing temporary
+    with np.load(openml.cache) as arrays:
+        assert_equal([arrays['X'], arrays['y']], [openml.X, openml.y])
+    assert_equal(data.get_mnist(labels=True), expected)  # from the cache: the server is gone
+    assert not openml.requests and not capsys.readouterr().out
+
+
+def saved(save, *args, **kwargs):
+    file = io.BytesIO()
+    save(file, *args, **kwargs)
+    return file.getvalue()
+
+
+@cases('damage', {
+    'empty': lambda b: b'',
+    'random': lambda b: np.random.RandomState(0).bytes(2000),
+    'cut': lambda b: b[:-1],
+    'cut in half': lambda b: b[:len(b) // 2],
+    'flipped': lambda b: flipped(b, len(b) // 2),
+    'flipped checksum': lambda b: flipped(b, b.index(b'PK\1\2') + 16),
+    'flipped zip version': lambda b: flipped(b, b.index(b'PK\1\2') + 6, 0x40),
+    'flipped to encrypted': lambda b: flipped(b, b.index(b'PK\1\2') + 8, 1),
+    'flipped compression': lambda b: flipped(b, b.index(b'PK\1\2') + 10),
+    'one array, no archive': lambda b: saved(np.save, np.zeros(9)),
+    'other arrays': lambda b: saved(np.savez, images=np.zeros(9)),
+    'other shape': lambda b: saved(np.savez, X=np.zeros((9, 64, 64), np.uint8), y=np.zeros(9, np.uint8)),
+    'other labels': lambda b: saved(np.savez, X=np.zeros((9, 28, 28), np.uint8), y=np.zeros((9, 2), np.uint8)),
+    'one label': lambda b: saved(np.savez, X=np.zeros((9, 28, 28), np.uint8), y=np.uint8(9)),
+    'no images': lambda b: saved(np.savez, X=np.zeros((0, 28, 28), np.uint8), y=np.zeros(0, np.uint8)),
+    'objects': lambda b: saved(np.savez, X=np.array([None]), y=np.zeros(1, np.uint8))})
+def test_damaged_openml_cache(openml, capsys, damage):
+    expected = prepared(openml.X, openml.y, 180)
+    openml.home.mkdir()
+    openml.cache.write_bytes(damage(saved(np.savez_compressed, X=openml.X, y=openml.y)))
+    assert_equal(data.get_mnist(labels=True), expected)
+    assert f'{openml.cache} is damaged' in capsys.readouterr().out
+    openml.requests.clear()
+    assert_equal(data.get_mnist(labels=True), expected)
+    assert not openml.requests  # the cache is mended
+
+
+@pytest.mark.parametrize('kind, fault, reason', [
+    ('data_name', 500, '500'), ('data_name', 404, '404'), ('data_name', 412, 'not found'),
+    ('json/data/554', 404, '404'), ('download', 500, '500'), ('download', 404, '404'), ('download', 'cut', 'ended'),
+    ('download', 'checksum', 'checksum'), ('json/data/554', 'checksum', 'checksum')])
+def test_openml_fails(openml, kind, fault, reason):
+    kind = next(page for page in openml.pages if kind in page)
+    good = openml.pages[kind]
+    if fault == 'checksum':  # wrong in the description, or by what was sent
+        openml.pages[kind] = openml.wrong[kind]
+    else:
+        openml.faults[kind] = fault
+    with pytest.raises(OSError) as error:
+        data.get_mnist()
+    assert_clear(error, 'OpenML', 'mnist_path', reason)
+    assert any(kind in path for path in openml.requests)
+    assert not list(openml.home.glob('*.npz'))
+    assert socket.getdefaulttimeout() is None
+    openml.faults.clear()
+    openml.pages[kind] = good
+    assert len(data.get_mnist()[0]) == 180  # nothing bad was kept either
+
+
+@pytest.mark.parametrize('kind, fault', [
+    ('data_name', 'silent'), ('json/data/554', 'silent'), ('download', 'silent'), ('download', 'stalled')])
+def test_openml_never_answers(openml, monkeypatch, kind, fault):
+    kind = next(page for page in openml.pages if kind in page)
+    openml.faults[kind] = fault
+    asked, setdefaulttimeout = [], socket.setdefaulttimeout
+
+    def impatient(seconds):  # two instead of up to thirty
+        asked.append(seconds)
+        setdefaulttimeout(2 if seconds and seconds <= 30 else seconds)
+
+    setdefaulttimeout(77)
+    monkeypatch.setattr(socket, 'setdefaulttimeout', impatient)
+    try:
+        with pytest.raises(OSError) as error:
+            data.get_mnist()
+        assert socket.getdefaulttimeout() == 77
+    finally:
+        setdefaulttimeout(None)
+    assert_clear(error, 'OpenML', 'mnist_path', 'timed out')
+    assert not list(openml.home.glob('*.npz'))
+    tries = sum(kind in path for path in openml.requests)
+    assert 0 < asked[0] * tries <= 30  # seconds, if nobody were impatient
+
+
+def no_space(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
+
+@pytest.mark.parametrize('module, name', [(np, 'savez_compressed'), (os, 'replace')])
+def test_openml_cannot_be_kept(openml, monkeypatch, capsys, module, name):
+    monkeypatch.setattr(module, name, no_space)
+    assert len(data.get_mnist()[0]) == 180
+    assert 'No space left' in capsys.readouterr().out
+    assert set(os.listdir(openml.home)) <= {'openml'}
+
+
+# ---------------------------------------------------------------- photos
+
+COLOURS = np.array(list(itertools.product((20, 120, 220), repeat=3)))[::2]  # 14, RGB
+SIZES = [(120, 90), (300, 200), (200, 300), (64, 64), (257, 500)]
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """A .rec of 14 photos of one colour each, made of a folder of JPEGs by MXNet's own im2rec.py."""
+    folder = tmp_path_factory.mktemp('photos')
+    (folder / 'in' / 'deeper').mkdir(parents=True)
+    for i, colour in enumerate(COLOURS):
+        where = folder / 'in' / ('deeper' if i % 2 else '') / f'{i}.jpg'
+        cv2.imwrite(str(where), np.full(SIZES[i % 5] + (3,), colour[::-1], np.uint8))
+    tool = os.path.join(os.path.dirname(mx.__file__), 'tools', 'im2rec.py')
+    call = ('import numpy, runpy, sys; numpy.bool = bool; del sys.argv[0]; '
+            'runpy.run_path(sys.argv[0], run_name="__main__")')
+    for options in (['--list', '--recursive'], []):
+        subprocess.run([sys.executable, '-c', call, tool, *options, str(folder / 'train'), str(folder / 'in')],
+                       check=True, timeout=300, stdout=subprocess.DEVNULL)
+    return folder / 'train.rec'
+
+
+def epoch(batches):
+    """The batches as arrays, without what only fills up the last; stops also where the iterator does not."""
+    return [batch.data[0].asnumpy()[:batch.data[0].shape[0] - batch.pad] for batch in itertools.islice(batches, 50)]
+
+
+def colours(arrays):
+    """Which of COLOURS the images are, sorted."""
+    means = np.concatenate(arrays).mean(axis=(2, 3)) * 127.5 + 127.5
+    distances = abs(means[:, np.newaxis] - COLOURS).max(axis=2)
+    assert distances.min(axis=1).max() < 10
+    return sorted(distances.argmin(axis=1))
+
+
+def test_photos(photos):
+    batches = data.ImagenetIter(str(photos), 7, (3, 64, 64))
+    told = batches.provide_data[0]
+    assert (told.name, told.shape, told.dtype) == ('data', (7, 3, 64, 64), np.float32)
+    for _ in range(3):
+        arrays = epoch(batches)
+        assert [(array.shape, array.dtype) for array in arrays] == [((7, 3, 64, 64), np.float32)] * 2
+        assert colours(arrays) == list(range(14))
+        batches.reset()
+    next(batches)
+    batches.reset()  # in the middle
+    assert colours(epoch(batches)) == list(range(14))
+
+
+def test_photos_that_batches_do_not_divide(photos):
+    batches = data.ImagenetIter(str(photos), 4, (3, 64, 64), mx.cpu(1))
+    arrays = epoch(batches)
+    assert [len(array) for array in arrays] == [4, 4, 4, 2]
+    assert colours(arrays) == list(range(14))
+    batches.reset()
+    assert next(batches).data[0].context == mx.cpu(1)
+
+
+def test_photos_have_the_whole_range(tmp_path):
+    """Black is -1, white 1, and the parts of one photo come out in different crops."""
+    noise = np.random.RandomState(0).choice([0, 255], (1, 16, 16, 1)).repeat(16, 1).repeat(16, 2).repeat(3, 3)
+    path = write_rec(tmp_path / 'noise.rec', [jpeg(noise[0].astype(np.uint8))] * 4)
+    images = epoch(data.ImagenetIter(path, 4, (3, 64, 64)))[0]
+    assert -1.001 <= images.min() < -0.9 and 0.9 < images.max() <= 1.001
+    assert len(np.unique(images.reshape(4, -1), axis=0)) > 1
+
+
+def test_photos_shared_by_two_machines(photos):
+    parts = [colours(epoch(data.ImagenetIter(str(photos), 4, (3, 64, 64), num_parts=2, part_index=i))) for i in (0, 1)]
+    assert all(parts) and sorted(parts[0] + parts[1]) == list(range(14))
+
+
+def test_photos_train(photos):
+    s = dcgan.Settings(dataset='imagenet', nc=3, ngf=4, ndf=4, Z=5, batch_size=4, ctx=[mx.cpu()])
+    batches, latents = data.ImagenetIter(str(photos), 4, (3, 64, 64)), data.RandIter(4, 5)
+    modules = dcgan.make_modules(s, batches.provide_data, latents.provide_data)
+    before = [mod.get_params()[0] for mod in modules[:2]]
+    before = [{name: array.asnumpy().copy() for name, array in params.items()} for params in before]
+    for _ in range(2):
+        fakes, diff, _ = dcgan.train_step(*modules, next(latents), next(batches), mx.nd.zeros(4), mx.nd.ones(4))
+        assert fakes.shape == diff.shape == (4, 3, 64, 64)
+        assert np.isfinite(fakes.asnumpy()).all() and np.isfinite(diff.asnumpy()).all()
+    for old, mod, weight in zip(before, modules, ('g1_weight', 'd1_weight')):
+        assert (mod.get_params()[0][weight].asnumpy() != old[weight]).any()
+
+
+def jpeg(image):
+    return mx.recordio.pack_img(mx.recordio.IRHeader(0, 0., 0, 0), image)
+
+
+def write_rec(path, records):
+    writer = mx.recordio.MXRecordIO(str(path), 'w')
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def small_rec(tmp_path_factory):
+    """Eight small photos; and the place where the last one begins."""
+    photo = jpeg(np.full((40, 50, 3), 99, np.uint8))
+    path = pathlib.Path(write_rec(tmp_path_factory.mktemp('small') / 'small.rec', [photo] * 8))
+    return path.read_bytes(), path.stat().st_size * 7 // 8
+
+
+CHILD = """
+import itertools, signal, sys
+import dcgan, data
+for line in sys.stdin:
+    signal.alarm(60)
+    try:
+        answer = sum(1 for _ in itertools.islice(data.ImagenetIter(line[:-1], 4, (3, 64, 64)), 50))
+    except Exception as error:
+        answer = f'{type(error).__name__}: {error!s:.500}' + ' (clear)' * isinstance(error, (ValueError, OSError))
+    print(repr(answer)[1:-1] if isinstance(answer, str) else answer, flush=True)
+"""
+
+
+@pytest.fixture(scope='module')
+def run_rec():
+    """A function that reads a .rec in a child process: how many batches, or the error; its end fails the test."""
+    def run(path):
+        if not children or children[-1].poll() is not None:
+            children.append(subprocess.Popen([sys.executable, '-c', CHILD], stdin=subprocess.PIPE,
+                                             stdout=subprocess.PIPE, cwd=ROOT, encoding='utf-8'))
+        child = children[-1]
+        print(path, file=child.stdin, flush=True)
+        answer = child.stdout.readline()
+        assert answer, f'the process ended: {child.wait()}'
+        return answer[:-1]
+
+    children = []
+    yield run
+    for child in children:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+
+
+def assert_refused(answer, name):
+    """A ValueError or OSError, one line, that names the file."""
+    assert answer.endswith('(clear)') and str(name) in answer and '\\n' not in answer
+
+
+@cases('damage', {
+    'missing': None,
+    'empty': lambda b, last: b'',
+    'random': lambda b, last: np.random.RandomState(0).bytes(5000),
+    'one byte': lambda b, last: b[:1],
+    'text': lambda b, last: b'These are my holiday photos.\n' * 99,
+    'cut in the last magic number': lambda b, last: b[:last + 2],
+    'cut in the last header': lambda b, last: b[:last + 4],
+    'cut after the last header': lambda b, last: b[:last + 8],
+    'cut in the last data': lambda b, last: b[:-100],
+    'cut by one byte': lambda b, last: b[:-1],
+    'cut in the second': lambda b, last: b[:last // 5],
+    'trailing bytes': lambda b, last: b + b'more',
+    'trailing zeros': lambda b, last: b + bytes(64),
+    'fewer than a batch': lambda b, last: b[:last // 7 * 3]})
+def test_damaged_rec(tmp_path, run_rec, small_rec, damage):
+    path = tmp_path / 'train.rec'
+    if damage:
+        path.write_bytes(damage(*small_rec))
+    assert_refused(run_rec(str(path)), path)
+
+
+def test_photo_with_the_magic_number_inside(tmp_path, run_rec):
+    photo = jpeg(np.full((40, 50, 3), 99, np.uint8))
+    photo += bytes(-len(photo) % 4) + struct.pack('<I', 0xced7230a) * 2 + b'end'  # RecordIO makes three parts of it
+    assert run_rec(write_rec(tmp_path / 'train.rec', [photo] * 8)) == '2'
+    path = write_rec(tmp_path / 'cut.rec', [photo] * 8)
+    os.truncate(path, os.path.getsize(path) - 12)  # the last part
+    assert_refused(run_rec(path), path)
+
+
+@pytest.mark.parametrize('name', ['my photos.rec', 'été.rec', 'a#1.rec', 'a;b.rec', 'a?b.rec', '[a].rec'])
+def test_rec_of_any_name(tmp_path, run_rec, small_rec, name):
+    path = tmp_path / name
+    path.write_bytes(small_rec[0])
+    answer = run_rec(str(path))
+    if answer != '2':
+        assert_refused(answer, name)
