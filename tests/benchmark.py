@@ -1,0 +1,411 @@
+"""How fast the program is, and beside what: one command without arguments, about ten minutes, tables on stdout.
+
+    pip install -r tests/benchmark-requirements.txt && python tests/benchmark.py
+
+Whatever is measured runs in a process of its own (this file again, with a function's name), one after another and
+interleaved, so that a slow minute of the machine is not one candidate's alone. Leave the machine alone meanwhile.
+"""
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), HERE]
+
+REPETITIONS = 5
+ITERATIONS = 30         # of the program: a line every ten; what comes before the first is warm-up
+TEXTBOOK_STEPS = 6, 15  # with MXNet's own threads, with all cores
+TORCH_STEPS = 8
+PRODUCTS, SIZE = 12, 2048  # how many, and rows and columns of each matrix
+BATCH, WIDTH, NC, Z = 64, 64, 1, 100  # the program's defaults
+BATCHES, WIDTHS, FEW, MORE = (16, 32, 64, 128, 256), (16, 32, 64, 128), 20, 40  # iterations: of large ones, of small
+CLUSTER_ITERATIONS = 20
+TIMEOUT = 600  # seconds for any one process
+
+
+# ---------------------------------------------------------------- what runs in a process of its own
+
+def digits(n, scale):
+    """(n, 8 * scale, 8 * scale) pixels, 0..16: scikit-learn's digits, enlarged and repeated."""
+    from sklearn.datasets import load_digits
+    return np.kron(np.resize(load_digits().images, (n, 8, 8)), np.ones((1, scale, scale)))
+
+
+def images(n):
+    """(n, 1, 64, 64) float32 in [-1, 1]."""
+    return (digits(n, 8)[:, None] / 8 - 1).astype(np.float32)
+
+
+def write_mnist(folder, n):
+    """MNIST's four files with n training images: as many batches as wanted, in one epoch."""
+    pixels = np.pad(digits(n, 3) * 15, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
+    for part, count in (('train', n), ('t10k', 1)):
+        with open(os.path.join(folder, f'{part}-images-idx3-ubyte'), 'wb') as file:
+            file.write(struct.pack('>4I', 0x803, count, 28, 28) + pixels[:count].tobytes())
+        with open(os.path.join(folder, f'{part}-labels-idx1-ubyte'), 'wb') as file:
+            file.write(struct.pack('>2I', 0x801, count) + bytes(count))
+
+
+def program(batch_size, width, iterations, workers=0):
+    """Steps/s of the program's own loop, everything that it does between two printed lines included.
+
+    `workers`: of a cluster, which the environment describes. None where this process prints no lines.
+    """
+    import dcgan
+    lines, write = [], dcgan.Log.write
+
+    def timed_write(log, **row):
+        if 'images_per_second' in row:
+            lines.append((time.perf_counter(), row['iteration']))
+        write(log, **row)
+
+    dcgan.Log.write = timed_write  # at this point the loop has waited for the iteration's answers
+    with tempfile.TemporaryDirectory() as folder:
+        write_mnist(folder, batch_size * iterations * max(1, workers))
+        dcgan.train(dcgan.Settings(
+            dataset='mnist', mnist_path=folder, out=os.path.join(folder, 'out'), batch_size=batch_size, ngf=width,
+            ndf=width, nc=NC, Z=Z, epochs=1, ctx=dcgan.mx.cpu(), kvstore='dist_sync' if workers else 'device',
+            display=False, coverage=False, check_point=False))
+    if not lines:
+        return None
+    (start, first), (end, last) = lines[0], lines[-1]
+    return (last - first) / (end - start)
+
+
+def textbook(own_threads, steps):
+    """Steps/s of the tests' textbook loop; `own_threads`: as many threads as MXNet takes by itself."""
+    if own_threads:
+        # MXNet reads OMP_NUM_THREADS once, when its library is loaded; where it is not set, it takes half of the
+        # processors (src/engine/openmp.cc). So it must be loaded before dcgan.py sets the variable.
+        np.bool = bool  # as in dcgan.py
+        import mxnet  # noqa: F401
+    import textbook as loop
+    X, times = images(BATCH * (steps + 3)), []
+
+    class Clock:
+        def __getitem__(self, rows):  # once a step, when the one before has ended
+            times.append(time.perf_counter())
+            return X[rows]
+
+    loop.train(Clock(), steps + 3, WIDTH, WIDTH, NC, Z, BATCH, seed=1)
+    return steps / (times[-1] - times[2])  # two to warm up
+
+
+def pytorch(layout, cores, steps):
+    """Steps/s of the DCGAN of pytorch/examples (dcgan/main.py) with the program's sizes."""
+    import torch
+    from torch import nn
+    torch.set_num_threads(cores)
+    torch.manual_seed(1)
+    memory_format = getattr(torch, layout)
+    up = [nn.ConvTranspose2d(Z, WIDTH * 8, 4, 1, 0, bias=False)]
+    down = [nn.Conv2d(NC, WIDTH, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
+    for k in (1, 2, 4):
+        down += [nn.Conv2d(WIDTH * k, WIDTH * k * 2, 4, 2, 1, bias=False), nn.BatchNorm2d(WIDTH * k * 2),
+                 nn.LeakyReLU(0.2, inplace=True)]
+    for k in (8, 4, 2, 1):
+        up += [nn.BatchNorm2d(WIDTH * k), nn.ReLU(inplace=True),
+               nn.ConvTranspose2d(WIDTH * k, WIDTH * k // 2 if k > 1 else NC, 4, 2, 1, bias=False)]
+    netG = nn.Sequential(*up, nn.Tanh())
+    netD = nn.Sequential(*down, nn.Conv2d(WIDTH * 8, 1, 4, 1, 0, bias=False), nn.Sigmoid(), nn.Flatten(0))
+    for layer in [*netG, *netD]:
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+    netG, netD = netG.to(memory_format=memory_format), netD.to(memory_format=memory_format)
+    adamG, adamD = (torch.optim.Adam(net.parameters(), lr=0.0002, betas=(0.5, 0.999)) for net in (netG, netD))
+    loss, zeros, ones = nn.BCELoss(), torch.zeros(BATCH), torch.ones(BATCH)
+    X = torch.from_numpy(images(BATCH * 4)).split(BATCH)
+    for step in range(-3, steps):  # three to warm up
+        if step == 0:
+            start = time.perf_counter()
+        real = X[step % 4].contiguous(memory_format=memory_format)
+        # (1) update D: log(D(x)) + log(1 - D(G(z)))
+        netD.zero_grad()
+        answer = netD(real)
+        loss_real = loss(answer, ones)
+        loss_real.backward()
+        seen = [answer.mean().item()]
+        fake = netG(torch.randn(BATCH, Z, 1, 1))
+        answer = netD(fake.detach())
+        loss_fake = loss(answer, zeros)
+        loss_fake.backward()
+        seen += [answer.mean().item(), (loss_real + loss_fake).item()]
+        adamD.step()
+        # (2) update G: log(D(G(z)))
+        netG.zero_grad()
+        answer = netD(fake)
+        loss_G = loss(answer, ones)
+        loss_G.backward()
+        seen += [answer.mean().item(), loss_G.item()]
+        adamG.step()
+        if not all(map(math.isfinite, seen)):
+            raise ValueError(f'PyTorch: not finite: {seen}')
+    return steps / (time.perf_counter() - start)
+
+
+def product(function):
+    """Matrix products/s of two SIZE x SIZE float32 matrices; the median one's."""
+    a, b = np.random.RandomState(1).uniform(-1, 1, (2, SIZE, SIZE)).astype(np.float32)
+    c, seconds = np.empty_like(a), []
+    if function != 'numpy.dot':
+        from dcgan import mx
+        a, b, c = map(mx.nd.array, (a, b, a))
+    for _ in range(2 + PRODUCTS):
+        start = time.perf_counter()
+        if function == 'numpy.dot':
+            np.dot(a, b, out=c)
+        elif function == 'mx.nd.dot':
+            mx.nd.dot(a, b, out=c).wait_to_read()
+        else:
+            mx.nd.FullyConnected(a, b, num_hidden=SIZE, no_bias=True, out=c).wait_to_read()
+        seconds.append(time.perf_counter() - start)
+    return 1 / statistics.median(seconds[2:])
+
+
+def memory(twin):
+    """Peak MB of a process that trains with the program's step; without the twin, D itself is used in step 7."""
+    import dcgan
+    import data
+    mx, s, rand_iter = dcgan.mx, dcgan.Settings(ctx=[dcgan.mx.cpu()]), data.RandIter(BATCH, Z)
+    data_shapes, label_shapes = [('data', (BATCH, NC, 64, 64))], [('label', (BATCH,))]
+    if twin:
+        modules = dcgan.make_modules(s, data_shapes, rand_iter.provide_data)
+    else:
+        gout, dloss = dcgan.make_dcgan_sym(WIDTH, WIDTH, NC)
+        modG = mx.mod.Module(gout, data_names=('rand',), label_names=None)
+        modG.bind(rand_iter.provide_data)
+        modD = mx.mod.Module(dloss, data_names=('data',), label_names=('label',))
+        modD.bind(data_shapes, label_shapes, inputs_need_grad=True)
+        for mod in (modG, modD):
+            mod.init_params(mx.init.Normal(0.02))
+            mod.init_optimizer(s.kvstore, 'adam', {'learning_rate': s.lr, 'beta1': s.beta1, 'wd': 0.})
+        modules = modG, modD, modD
+    batch, label0, label1 = mx.io.DataBatch([mx.nd.array(images(BATCH))]), mx.nd.zeros(BATCH), mx.nd.ones(BATCH)
+    for _ in range(5):
+        dcgan.train_step(*modules, rand_iter.next(), batch, label0, label1)
+        mx.nd.waitall()  # else the arrays of the steps in the queue count, and their number is chance
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def sizes():
+    """Bytes of G's and of D's parameters, which is also what their gradients have."""
+    import dcgan
+    inputs = {'rand': (BATCH, Z, 1, 1), 'data': (BATCH, NC, 64, 64), 'label': (BATCH,)}
+    totals = []
+    for symbol in dcgan.make_dcgan_sym(WIDTH, WIDTH, NC):
+        names = symbol.list_arguments()
+        shapes, _, _ = symbol.infer_shape(**{name: inputs[name] for name in names if name in inputs})
+        totals.append(sum(4 * math.prod(shape) for name, shape in zip(names, shapes) if name not in inputs))
+    return totals
+
+
+# ---------------------------------------------------------------- starting them
+
+def start(function, *args, **env):
+    """Start a process that calls a function of this file, with `env` added to the environment; for `result`."""
+    print(f'{time.strftime("%H:%M:%S")} {function}{args} {env or ""}', file=sys.stderr, flush=True)
+    # each candidate finds its own number of threads, unless `env` has it
+    inherited = {name: value for name, value in os.environ.items()
+                 if name != 'OMP_NUM_THREADS' and not name.startswith('DMLC_')}
+    out, err = tempfile.TemporaryFile('w+'), tempfile.TemporaryFile('w+')
+    command = [sys.executable, os.path.abspath(__file__), function, *map(json.dumps, args)]
+    return subprocess.Popen(command, env={**inherited, **env}, stdout=out, stderr=err, start_new_session=True), out, err
+
+
+def result(child, seconds=TIMEOUT):
+    """What the function returned. Raises RuntimeError with the last line of its error, or where it takes too long."""
+    process, out, err = child
+    try:
+        status = process.wait(max(0, seconds))
+        for file in (out, err):
+            file.seek(0)
+        if status:
+            raise RuntimeError((err.read().strip().splitlines() or [f'exit status {status}'])[-1])
+        return json.loads(out.read().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f'not done after {seconds:.0f} s') from None
+    finally:
+        kill(process)
+
+
+def kill(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its session, and whoever is in it
+    process.wait()
+
+
+def cluster(workers, cores):
+    """Steps/s of a scheduler, a server and workers on the loopback interface, the cores shared among the workers."""
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        port = sock.getsockname()[1]
+    roles = {'DMLC_PS_ROOT_URI': '127.0.0.1', 'DMLC_PS_ROOT_PORT': str(port), 'DMLC_INTERFACE': 'lo',
+             'DMLC_NUM_WORKER': str(workers), 'DMLC_NUM_SERVER': '1'}
+    args, children = ('program', BATCH, WIDTH, CLUSTER_ITERATIONS, workers), []
+    try:
+        for role in ('scheduler', 'server'):
+            children.append(start(*args, **roles, DMLC_ROLE=role))
+        threads = str(max(1, cores // workers))
+        for _ in range(workers):
+            children.append(start(*args, **roles, DMLC_ROLE='worker', OMP_NUM_THREADS=threads))
+        end = time.monotonic() + TIMEOUT
+        rates = [result(child, end - time.monotonic()) for child in children[2:]]
+        return next(rate for rate in rates if rate)  # rank 0's, whichever process that is
+    finally:
+        for process, _, _ in children:
+            kill(process)
+
+
+# ---------------------------------------------------------------- the tables
+
+def machine(cores):
+    """One line: processor, cores used, vector width, versions."""
+    info = {}
+    with contextlib.suppress(OSError):
+        with open('/proc/cpuinfo') as file:
+            info = dict(map(str.strip, line.split(':', 1)) for line in file if ':' in line)
+    flags = info.get('flags', '').split()
+    bits = next((bits for flag, bits in (('avx512f', 512), ('avx2', 256), ('sse2', 128)) if flag in flags), '?')
+    versions = []
+    for name in ('mxnet', 'torch', 'numpy'):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f'{name} {importlib.metadata.version(name)}')
+    return (f'{info.get("model name") or platform.processor() or platform.machine()}, {cores} physical cores used, '
+            f'vectors of {bits} bits; Python {platform.python_version()}, {", ".join(versions)}')
+
+
+def table(header, rows):
+    """Print rows, sequences of strings, as a Markdown table; numbers to the right."""
+    print('| ' + ' | '.join(header) + ' |')
+    print('| --- |' + ' ---: |' * (len(header) - 1))
+    for row in rows:
+        print('| ' + ' | '.join(row) + ' |')
+    print(flush=True)
+
+
+def macs(first, width, last):
+    """Multiply-adds of one image's way through G (from its input's channels to its output's), or, backwards, D."""
+    channels = [first, width * 8, width * 4, width * 2, width, last]
+    return sum(16 * a * b * side ** 2 for a, b, side in zip(channels, channels[1:], (1, 4, 8, 16, 32)))
+
+
+def compare(cores):
+    """The program beside the textbook loop, PyTorch and a matrix product; returns its images/s."""
+    all_cores = {'OMP_NUM_THREADS': str(cores)}
+    candidates = {
+        '(a) this program': (('program', BATCH, WIDTH, ITERATIONS), {}),
+        "(b) textbook loop, MXNet's own number of threads": (('textbook', True, TEXTBOOK_STEPS[0]), {}),
+        '(c) textbook loop, all physical cores': (('textbook', False, TEXTBOOK_STEPS[1]), all_cores),
+        '(d) PyTorch': (('pytorch', 'contiguous_format', cores, TORCH_STEPS), {}),
+        '(d) PyTorch, channels last': (('pytorch', 'channels_last', cores, TORCH_STEPS), {}),
+        '(e) matrix product, numpy.dot': (('product', 'numpy.dot'), all_cores),
+        '(e) matrix product, mx.nd.dot': (('product', 'mx.nd.dot'), all_cores),
+        # by oneDNN, as the convolutions; the others are OpenBLAS's, which may know fewer vector instructions
+        '(f) matrix product, mx.nd.FullyConnected': (('product', 'mx.nd.FullyConnected'), all_cores)}
+    if not importlib.util.find_spec('torch'):
+        print('PyTorch is not installed: (d) is left out.\n')
+        candidates = {name: call for name, call in candidates.items() if name[:3] != '(d)'}
+    rates = {name: [] for name in candidates}
+    for _ in range(REPETITIONS):
+        for name, (args, env) in candidates.items():
+            unit = BATCH if name[1] in 'abcd' else 2 * SIZE ** 3 / 1e9
+            rates[name].append(unit * result(start(*args, **env)))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    best = {letter: max(rate for name, rate in medians.items() if name[1] == letter)
+            for letter in {name[1] for name in medians}}
+    # a unit is once through a network, forward, or backward to the input, or to the weights. D: forward three times,
+    # backward to the weights twice and to the input three times; G: one of each
+    flops = 2 * (8 * macs(1, WIDTH, NC) + 3 * macs(Z, WIDTH, NC))
+    for letter in 'ef':
+        best[letter] *= 1e9 / flops  # images/s at that rate
+    table(['batch 64, width 64, float32', 'median', 'least .. most', ''], [
+        (name, f'{medians[name]:.1f}', f'{min(values):.1f} .. {max(values):.1f}',
+         'images/s' if name[1] in 'abcd' else 'GFLOP/s') for name, values in rates.items()])
+    bars = {'b': ('(a) / (b)', '1.9'), 'c': ('(a) / (c)', '1.08'), 'd': ('(a) / best of (d)', '1.15'),
+            'e': (f'(a), with {flops / 1e9:.2f} GFLOP an image, / best of (e)', '0.95'),
+            'f': ('the same / (f)', '')}
+    table(['ratio of medians', '', 'at least'], [
+        (text, f'{best["a"] / best[letter]:.2f}', bar) for letter, (text, bar) in bars.items() if letter in best])
+    return best['a']
+
+
+def scaling(rate):
+    """The program's images/s with other batches and widths; `rate` is the default's."""
+    cells = []
+    for batch, width in [(batch, WIDTH) for batch in BATCHES] + [(BATCH, width) for width in WIDTHS]:
+        if (batch, width) == (BATCH, WIDTH):
+            cells.append(f'{rate:.0f}')
+        else:
+            iterations = FEW if batch * width > BATCH * WIDTH else MORE
+            cells.append(f'{batch * result(start("program", batch, width, iterations)):.0f}')
+    table(['batch, at width 64', *map(str, BATCHES)], [('images/s', *cells[:len(BATCHES)])])
+    table(['width (ndf = ngf), at batch 64', *map(str, WIDTHS)], [('images/s', *cells[len(BATCHES):])])
+
+
+def twin_memory():
+    """What the module for input gradients costs."""
+    peaks = [[result(start('memory', twin)) for twin in (False, True)] for _ in range(3)]
+    without, with_twin = map(statistics.median, zip(*peaks))
+    table(['peak memory, MB', 'D itself in step 7', 'with the input-gradient module', 'difference'],
+          [('median of 3', f'{without:.0f}', f'{with_twin:.0f}', f'{with_twin - without:+.0f}')])
+
+
+def clusters(cores):
+    """Several machines: bytes, this machine's loopback, and what a network must be able to do."""
+    G, D = result(start('sizes'))
+    P = G + D
+    print(f'dist_sync: each worker sends {P / 1e6:.1f} MB of gradients a step and receives as much '
+          f'(G {G / 1e6:.1f}, D {D / 1e6:.1f}).\n')
+    rows = []
+    for workers in (1, 2):
+        try:
+            rate = cluster(workers, cores)
+            rows.append((str(workers), str(max(1, cores // workers)), f'{rate:.2f}', f'{rate * BATCH * workers:.0f}'))
+        except RuntimeError as error:
+            rows.append((str(workers), str(max(1, cores // workers)), f'failed: {error}', ''))
+    table(['workers (and a server) on this machine', 'threads each', 'steps/s', 'images/s together'], rows)
+    # A server of S takes in and gives out W / S * P bytes a step for W workers, which compute for batch / (images/s)
+    # seconds; at V bytes/s that is the longer one where V < W / S * P * (images/s) / batch.
+    print("""On paper, with as many servers as workers (else times workers / servers): the speed in each direction below
+which a server's link takes longer than a worker's computing, and the batch per worker from which on it takes less.
+Little of it overlaps (step 7 needs the updated D, the next step 1 the updated G), so that there a step takes up to
+twice as long as on one machine, and with ten times that batch a tenth longer.
+""")
+    table(['a GPU of', f'Gbit/s at batch {BATCH}', *(f'batch at {V} Gbit/s' for V in (1, 10, 25))], [
+        (f'{N} images/s', f'{8e-9 * P * N / BATCH:.1f}', *(f'{math.ceil(8e-9 * P * N / V)}' for V in (1, 10, 25)))
+        for N in (1000, 5000, 20000)])
+
+
+def main():
+    if len(sys.argv) > 1:  # a child
+        function, *args = sys.argv[1:]
+        print(json.dumps(globals()[function](*map(json.loads, args))))
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally clauses
+    import joblib
+    cores = joblib.cpu_count(only_physical_cores=True)
+    print(machine(cores) + '\n', flush=True)
+    scaling(compare(cores))
+    twin_memory()
+    clusters(cores)
+
+
+if __name__ == '__main__':
+    main()
