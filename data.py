@@ -260,7 +260,7 @@ class ImagenetIter(mx.io.DataIter):
         This worker's share of the file, for several machines.
 
     Yields mx.io.DataBatch with data [(batch_size,) + data_shape float32]; the last batch is filled up from the
-    start. Raises OSError where there is no such file, ValueError where it is no whole RecordIO file of images.
+    start, and the next epoch begins after these (MXNet's `round_batch`). Raises OSError where there is no such file, ValueError where it is no whole RecordIO file of images.
     """
 
     def __init__(self, path, batch_size, data_shape, ctx=None, num_parts=1, part_index=0):
@@ -293,7 +293,8 @@ class ImagenetIter(mx.io.DataIter):
 
 
 def _check_rec(path, batch_size):
-    """Find out in Python what MXNet would find out in a decoding thread, where an error ends the process.
+    """Find out in Python what MXNet would find out in a decoding thread, where an error ends the process: no RecordIO
+    file, cut short, too few records, no images (of which the first is looked at: a bad one later still ends it).
 
     RecordIO (dmlc-core, recordio.h): magic, 3 bits of flag and 29 of length, the data padded to 4 bytes. An aligned
     magic never occurs inside the data, so the last one in the file starts the last record.
@@ -324,8 +325,12 @@ def _check_rec(path, batch_size):
                 images += 1
             if images == 1 and flag == 0:
                 file.seek(start + 8)
-                _, image = mx.recordio.unpack(file.read(offset - start - 8))
-                if cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) is None:
+                try:
+                    _, image = mx.recordio.unpack(file.read(offset - start - 8))
+                    image = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+                except (struct.error, ValueError, cv2.error):
+                    image = None
+                if image is None:
                     raise ValueError(f'{path}: its records are not images; {redo}')
         if images < batch_size:
             raise ValueError(f'{path}: has {images} images, fewer than the batch of {batch_size}')

@@ -55,7 +55,7 @@ try:
             for folder in getattr(importlib.util.find_spec('nvidia'), 'submodule_search_locations', ()):
                 for path in glob.glob(f'{folder}/*/lib/lib{name}'):
                     ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-    # import mxnet would never return in a parameter server: serve() takes its place, and watches
+    # in a parameter server `import mxnet` would serve and never return: connect() does that, and watches
     role = os.environ.pop('DMLC_ROLE', None)
     import mxnet as mx
     if role:
@@ -605,24 +605,20 @@ class Log:
     def __init__(self, out, dataset, checkpoint=None):
         self.out, self.dataset, self.saved = out, dataset, checkpoint and checkpoint['path']
         self.losses, self.seconds, rows = ([], []), 0, []
-        stamp = time.strftime('%Y_%m_%d-%H_%M')
-        names = (f'{stamp}{suffix}' for suffix in ['', *(f'_{n}' for n in range(2, 1000))])
+        mine = False
         if checkpoint:
-            rows = list(self.read(checkpoint))
-            home = os.path.dirname(checkpoint['path'])
-            newer = [other for other in checkpoints(home) if other['stamp'] == checkpoint['stamp']
-                     and position(other) > position(checkpoint)]
-            if os.path.samefile(home, out) and not newer:
-                names = [checkpoint['stamp']]
-        for self.stamp in names:
+            rows, home = list(self.read(checkpoint)), os.path.dirname(checkpoint['path']) or '.'
+            mine = os.path.samefile(home, out) and not any(
+                other['stamp'] == checkpoint['stamp'] and position(other) > position(checkpoint)
+                for other in checkpoints(home))
+        stamp = time.strftime('%Y_%m_%d-%H_%M')
+        for self.stamp in [checkpoint['stamp']] if mine else [stamp, *(f'{stamp}_{n}' for n in range(2, 100))]:
             path = os.path.join(out, f'{dataset}_{self.stamp}.csv')
-            if checkpoint and names == [self.stamp] or not os.path.exists(path):
-                try:
-                    self.file = open(path, 'r+' if os.path.exists(path) else 'x', newline='')
-                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except (FileExistsError, BlockingIOError):
-                    continue
+            with contextlib.suppress(FileExistsError, BlockingIOError):
+                self.file = open(os.open(path, os.O_RDWR | os.O_CREAT | (0 if mine else os.O_EXCL), 0o666), 'r+',
+                                 newline='')
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
         else:
             raise ValueError(f'{path}: another process trains this run; stop it, or set another out')
         self.writer = csv.DictWriter(self.file, self.FIELDS, extrasaction='ignore')
@@ -661,7 +657,7 @@ class Log:
             self.writer.writerow(row)
             self.file.flush()
         except OSError as error:
-            print(f'WARNING: {self.file.name}: {error}; the run goes on')
+            print(f'WARNING: the .csv cannot be written: {error}; the run goes on')
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -942,8 +938,10 @@ def finish_epoch(s, modG, log, coverage, epoch, iteration):
         row = dict(zip(*coverage.get()))
         shares = ' '.join(f'{100 * row[f"share_{digit}"]:.0f}' for digit in range(10))
         print(f'epoch: {epoch} digits: {row["digits"]} of 10, shares: {shares} %, confidence: {row["confidence"]:.2f}, '
-              f'KL: {row["kl"]:.3f}', end='\n' if not s.conditional else
-              f', as asked: {100 * row["asked"]:.0f} %, worst {100 * row["asked_worst"]:.0f} %\n')
+              f'KL: {row["kl"]:.3f}')
+        if s.conditional:
+            print(f'epoch: {epoch} digits as asked: {100 * row["asked"]:.0f} %, of the worst '
+                  f'{100 * row["asked_worst"]:.0f} %')
         log.write(epoch=epoch, iteration=iteration, **row)
 
 

@@ -453,7 +453,7 @@ def test_openml_cannot_be_kept(openml, monkeypatch, capsys, module, name):
 
 # ---------------------------------------------------------------- photos
 
-COLOURS = np.array(list(itertools.product((20, 120, 220), repeat=3)))[::2]  # 14, RGB
+COLOURS = np.array(list(itertools.product((20, 120, 220), (20, 120, 220), (70, 170))))[:14]  # RGB: as BGR none is one
 SIZES = [(120, 90), (300, 200), (200, 300), (64, 64), (257, 500)]
 
 
@@ -604,6 +604,7 @@ def assert_refused(answer, name):
     'random': lambda b, last: np.random.RandomState(0).bytes(5000),
     'one byte': lambda b, last: b[:1],
     'text': lambda b, last: b'These are my holiday photos.\n' * 99,
+    'wrong last magic number': lambda b, last: flipped(b, last),
     'cut in the last magic number': lambda b, last: b[:last + 2],
     'cut in the last header': lambda b, last: b[:last + 4],
     'cut after the last header': lambda b, last: b[:last + 8],
@@ -618,6 +619,13 @@ def test_damaged_rec(tmp_path, run_rec, small_rec, damage):
     if damage:
         path.write_bytes(damage(*small_rec))
     assert_refused(run_rec(str(path)), path)
+
+
+@cases('record', {'text': struct.pack('IfQQ', 0, 0., 0, 0) + b'a letter', 'a header': struct.pack('IfQQ', 0, 0., 0, 0),
+                  'short': b'hello', 'empty': b''})
+def test_records_that_are_not_images(tmp_path, run_rec, record):
+    path = write_rec(tmp_path / 'train.rec', [record] * 8)
+    assert_refused(run_rec(path), path)
 
 
 def test_photo_with_the_magic_number_inside(tmp_path, run_rec):

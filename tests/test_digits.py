@@ -62,8 +62,9 @@ def test_coverage_of_digits_asked_for():
 def test_the_line_and_the_columns_of_an_epoch(tiny, capsys, conditional):
     s = tiny(epochs=2, coverage=True, conditional=conditional)
     dcgan.train(s)
-    lines = [line for line in capsys.readouterr().out.splitlines() if 'digits: ' in line and 'shares' in line]
-    assert len(lines) == 2 and all(len(line) <= 120 and ('as asked' in line) == conditional for line in lines)
+    lines = capsys.readouterr().out.splitlines()
+    shares, asked = ([line for line in lines if word in line] for word in ('of 10, shares: ', 'digits as asked: '))
+    assert len(shares) == 2 and len(asked) == 2 * conditional and all(len(line) <= 100 for line in shares)
     path, = glob.glob(f'{s.out}/*.csv')
     with open(path) as file:
         rows = [row for row in csv.DictReader(file) if row['kl']]

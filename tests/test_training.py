@@ -3,6 +3,7 @@ import csv
 import glob
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def test_coverage_pictures_and_monitor_do_not_disturb_the_run(tiny):
         found.append({name: array.tobytes() for arrays in final_params(s.out).values()
                       for name, array in arrays.items()})
     assert found[0] == found[1]
+    assert all(os.path.exists(f'{s.out}/net_{net}.png') == bool(shutil.which('dot')) for net in 'GD')
 
 
 def test_a_list_of_devices_can_be_written_into_the_settings():
