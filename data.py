@@ -302,7 +302,7 @@ def _check_rec(path, batch_size):
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path}: no such file; imgnet_path must name a .rec made by im2rec.py')
     if set('#?;') & set(path):
-        raise ValueError(f'{path}: MXNet reads # ? and ; in a name its own way; rename the file or its folder')
+        raise ValueError(f'{path}: MXNet reads # ? and ; in a name its own way; rename it')
     magic, size, step = 0xced7230a, os.path.getsize(path), 1 << 20
     redo = 'make it again with im2rec.py'
     with open(path, 'rb') as file:

@@ -342,7 +342,8 @@ def test_latest_takes_the_one_before_a_damaged_one(copy, capsys, kind, harm):
     os.remove(path)
     if harm != 'missing':
         with open(path, 'wb') as file:
-            file.write(content[:len(content) // 2] + (b'' if harm == 'cut' else b'\xff' + content[len(content) // 2 + 1:]))
+            half = len(content) // 2
+            file.write(content[:half] + (b'' if harm == 'cut' else b'\xff' + content[half + 1:]))
     manifest = dcgan.find_checkpoint('latest', copy.out)
     assert manifest['epoch'] == 1
     assert path in capsys.readouterr().out
