@@ -260,7 +260,8 @@ class ImagenetIter(mx.io.DataIter):
         This worker's share of the file, for several machines.
 
     Yields mx.io.DataBatch with data [(batch_size,) + data_shape float32]; the last batch is filled up from the
-    start, and the next epoch begins after these (MXNet's `round_batch`). Raises OSError where there is no such file, ValueError where it is no whole RecordIO file of images.
+    start, and the next epoch begins after these (MXNet's `round_batch`). Raises OSError where there is no such file,
+    ValueError where it is no whole RecordIO file of images.
     """
 
     def __init__(self, path, batch_size, data_shape, ctx=None, num_parts=1, part_index=0):
