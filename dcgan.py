@@ -501,11 +501,11 @@ class Stop:
     def listen(self, read_end):
         with open(read_end, 'rb', buffering=0) as pipe:
             for byte in iter(lambda: pipe.read(1), b''):
-                if byte[0] in self.handlers:
-                    if self.signum:
-                        os._exit(128 + byte[0])
+                if byte[0] in self.handlers and not self.signum:
                     print('stopping after the steps in flight; once more: at once')
-                    self.signum = byte[0]
+                    self.signum, first = byte[0], time.monotonic()
+                elif byte[0] in self.handlers and time.monotonic() - first > 0.5:  # `timeout` sends each one twice
+                    os._exit(128 + byte[0])
 
     def __exit__(self, *_):
         for n, handler in self.handlers.items():

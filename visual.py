@@ -151,22 +151,22 @@ def _view(out):
     while os.getppid() == parent:
         for i, title in enumerate(('gout', 'diff', 'data', 'loss')):
             path = os.path.join(out, f'{title}.png')
-            # what is drawn while a window opens may get lost: once more a second later
             version = os.path.exists(path) and (os.stat(path).st_mtime_ns, time.time() > opened.get(title, np.inf) + 1)
             picture = cv2.imread(path) if version and version != shown.get(title) else None
             if picture is None:
                 continue
-            shown[title] = version
-            if title not in opened:  # 1920x1080 holds three mosaics side by side and the curves below them
-                height, width = picture.shape[:2]
-                scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
-                height, width = int(height * scale), int(width * scale)
+            before, shown[title] = shown.get(title), version
+            if before is None:
                 cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
-                cv2.resizeWindow(title, width, height)
-                cv2.moveWindow(title, 5 + i % 3 * (width + 10), 22 + i // 3 * 556)  # 22: room for the title bar
                 opened[title] = time.time()
             elif cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) == 0:
                 continue  # closed by a person: it stays away
+            elif version[1] > before[1]:  # moved while it opens a window may stay blank: a second later
+                height, width = picture.shape[:2]  # 1920x1080 holds three mosaics side by side, the curves below them
+                scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
+                height, width = int(height * scale), int(width * scale)
+                cv2.resizeWindow(title, width, height)
+                cv2.moveWindow(title, 5 + i % 3 * (width + 10), 22 + i // 3 * 556)  # 22: room for the title bar
             cv2.imshow(title, picture)
         if cv2.waitKey(50) & 0xff == QUIT:
             sys.exit(QUIT)

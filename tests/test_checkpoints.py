@@ -191,6 +191,8 @@ def test_a_signal_saves_and_says_how_to_go_on(child, tmp_path, signum, status):
     while not process.stdout.readline().startswith('epoch:'):
         pass
     process.send_signal(signum)
+    time.sleep(0.01)
+    process.send_signal(signum)  # as `timeout` does: this is no second wish
     out, err = process.communicate(timeout=60)
     assert process.returncode == status and err == ''
     last = out.strip().splitlines()[-1]
@@ -208,6 +210,7 @@ def test_a_second_signal_stops_at_once(child):
     process.send_signal(signal.SIGINT)
     while not process.stdout.readline().startswith('stopping'):
         pass
+    time.sleep(0.7)
     tic = time.time()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
