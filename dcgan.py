@@ -26,7 +26,6 @@ import shutil
 import signal
 import struct
 import sys
-import tempfile
 import threading
 import time
 
@@ -592,8 +591,22 @@ def vote(kv, *flags):
 
 # ---------------------------------------------------------------- the log
 
+@contextlib.contextmanager
+def alone_in(out):
+    """Keep other processes from training in the same folder: pictures and checkpoints would overwrite each other's."""
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, '.lock'), 'w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'{out}: another process trains in this folder; stop it, or set another out') from None
+        except OSError as error:
+            print(f'WARNING: {out} cannot be locked ({error}): let no other run use it')
+        yield
+
+
 class Log:
-    """The run's .csv, one row for each printed line. Locked: no other process writes to this run's files.
+    """The run's .csv, one row for each printed line, and the stamp in the names of the run's files.
 
     A new run takes a stamp that nobody has; a resumed one goes on with its own, unless it begins before the run's
     newest checkpoint or in another folder: then it is a new run, and nothing of the old one is overwritten.
@@ -604,23 +617,11 @@ class Log:
 
     def __init__(self, out, dataset, checkpoint=None):
         self.out, self.dataset, self.saved = out, dataset, checkpoint and checkpoint['path']
-        self.losses, self.seconds, rows = ([], []), 0, []
-        mine = False
-        if checkpoint:
-            rows, home = list(self.read(checkpoint)), os.path.dirname(checkpoint['path']) or '.'
-            mine = os.path.samefile(home, out) and not any(
-                other['stamp'] == checkpoint['stamp'] and position(other) > position(checkpoint)
-                for other in checkpoints(home))
-        stamp = time.strftime('%Y_%m_%d-%H_%M')
-        for self.stamp in [checkpoint['stamp']] if mine else [stamp, *(f'{stamp}_{n}' for n in range(2, 100))]:
-            path = os.path.join(out, f'{dataset}_{self.stamp}.csv')
-            with contextlib.suppress(FileExistsError, BlockingIOError):
-                self.file = open(os.open(path, os.O_RDWR | os.O_CREAT | (0 if mine else os.O_EXCL), 0o666), 'r+',
-                                 newline='')
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-        else:
-            raise ValueError(f'{path}: another process trains this run; stop it, or set another out')
+        self.losses, self.seconds = ([], []), 0
+        rows = list(self.read(checkpoint)) if checkpoint else []
+        self.stamp = self.pick_stamp(checkpoint)
+        path = self.path(self.stamp)
+        self.file = open(path, 'r+' if os.path.exists(path) else 'w', newline='')
         self.writer = csv.DictWriter(self.file, self.FIELDS, extrasaction='ignore')
         self.writer.writeheader()
         for row in rows:
@@ -628,8 +629,21 @@ class Log:
             self.note(row)
         self.file.flush()
         self.file.truncate()
-        for leftover in glob.glob(os.path.join(glob.escape(out), f'{dataset}_*{self.stamp}-*.tmp')):
+        for leftover in glob.glob(os.path.join(glob.escape(out), f'{dataset}_*.tmp')):
             os.remove(leftover)  # of a run that was killed within a save
+
+    def path(self, stamp):
+        return os.path.join(self.out, f'{self.dataset}_{stamp}.csv')
+
+    def pick_stamp(self, checkpoint):
+        home = checkpoint and (os.path.dirname(checkpoint['path']) or '.')
+        if checkpoint and os.path.samefile(home, self.out) and not any(
+                other['stamp'] == checkpoint['stamp'] and position(other) > position(checkpoint)
+                for other in checkpoints(home)):
+            return checkpoint['stamp']
+        stamp = time.strftime('%Y_%m_%d-%H_%M')
+        return next(name for name in [stamp, *(f'{stamp}_{n}' for n in range(2, 1000))]
+                    if not os.path.exists(self.path(name)))
 
     @staticmethod
     def read(checkpoint):
@@ -722,7 +736,6 @@ def save(s, modules, log, epoch, iteration, complete):
         for name in [*files, os.path.basename(path)]:
             os.replace(os.path.join(log.out, name + '.tmp'), os.path.join(log.out, name))
         flush(log.out)
-        prune(log)
     except (OSError, ValueError, mx.MXNetError) as error:
         print(f'WARNING: checkpoint of epoch {epoch} not saved: {last_line(error)}; the run goes on')
         for name in [*files, os.path.basename(path)]:
@@ -730,6 +743,7 @@ def save(s, modules, log, epoch, iteration, complete):
                 os.remove(os.path.join(log.out, name + '.tmp'))
         return
     log.saved = path
+    prune(log)
 
 
 def flush(path):
@@ -757,7 +771,7 @@ def prune(log):
     for manifest in mine:
         for name in [os.path.basename(manifest['path']), *manifest['files']]:
             if manifest not in newest and (name.endswith('.states') or not manifest['complete']):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # it may stay
                     os.remove(os.path.join(log.out, name))
 
 
@@ -895,7 +909,7 @@ def load_into(path, targets):
 
 
 def restore(modules, checkpoint):
-    """Put modules into the state that a checkpoint holds."""
+    """Put modules into the state that a checkpoint holds; returns the (epoch, iteration) to begin after."""
     state = {}
     for net, mod in zip('GD', modules):
         load_into(checkpoint[f'_{net}_'], params(mod))
@@ -905,6 +919,7 @@ def restore(modules, checkpoint):
     for net, mod in zip('GD', modules):
         # from here on Adam's bias correction counts
         mod._optimizer.begin_num_update = mod._optimizer.num_update = int(state[f'{net}.count'][0].asscalar())
+    return (checkpoint['epoch'] + 1, 0) if checkpoint['complete'] else (checkpoint['epoch'], checkpoint['iteration'])
 
 
 # ---------------------------------------------------------------- sampling
@@ -997,6 +1012,16 @@ def load_data(s, rank=0, workers=1):
     return name, data.PixelIter(X[mine], y[mine], s.batch_size, s.nc, s.ctx[0], s.conditional), (X, y)
 
 
+def print_networks(s, modules):
+    """A table of each network's layers; with `plot` also a picture."""
+    for net, mod in zip('GD', modules):
+        shapes = dict([*mod.data_shapes, *(mod.label_shapes or ())])
+        mx.viz.print_summary(mod.symbol, shapes)
+        if s.plot and shutil.which('dot'):
+            picture = mx.viz.plot_network(mod.symbol, shape=shapes, save_format='png')
+            picture.render(os.path.join(s.out, f'net_{net}'), cleanup=True)
+
+
 def run(s, stop):
     """`train`, with errors as exceptions."""
     check(s)
@@ -1005,38 +1030,27 @@ def run(s, stop):
     kv = connect(s)
     rank, workers = (kv.rank, kv.num_workers) if kv else (0, 1)
     head = rank == 0  # the one that prints, shows and saves
-    if head:
-        print('settings:', *(f'{f.name}={getattr(s, f.name)!r}' for f in dataclasses.fields(s)))
-        print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
-        os.makedirs(s.out, exist_ok=True)
-        tempfile.TemporaryFile(dir=s.out).close()  # before the long work: can it be written?
-    checkpoint = find_checkpoint(s.resume, s.out) if s.resume else None
-    dataset, train_iter, real = load_data(s, rank, workers)
-    if checkpoint:
-        fits(s, dataset, checkpoint)
-    rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], s.conditional)
-    modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data, kv)
-    start, log, coverage = (0, 0), None, None
-    if checkpoint:
-        restore(modules, checkpoint)
-        epoch, iteration = checkpoint['epoch'], checkpoint['iteration']
-        start = (epoch + 1, 0) if checkpoint['complete'] else (epoch, iteration)
-    if head:
-        log = Log(s.out, dataset, checkpoint)
-        coverage = Coverage(*real) if s.coverage and real else None
-        for net, mod, shapes in zip('GD', modules, (rand_iter.provide_data, train_iter.provide_data)):
-            shapes = {'label': (s.batch_size,), **dict(d[:2] for d in shapes)} if net == 'D' else dict(shapes)
-            mx.viz.print_summary(mod.symbol, shapes)
-            if s.plot and shutil.which('dot'):
-                picture = mx.viz.plot_network(mod.symbol, shape=shapes, save_format='png')
-                picture.render(os.path.join(s.out, f'net_{net}'), cleanup=True)
-        print(f'data: {dataset}; run: {os.path.join(s.out, dataset)}_{log.stamp}.csv')
-        print('metric: facc, fentropy of G, of D; then images/s; time left in the epoch, in the run')
-    try:
+    with contextlib.ExitStack() as stack:
+        if head:
+            print('settings:', *(f'{f.name}={getattr(s, f.name)!r}' for f in dataclasses.fields(s)))
+            print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
+            stack.enter_context(alone_in(s.out))
+        checkpoint = find_checkpoint(s.resume, s.out) if s.resume else None
+        dataset, train_iter, real = load_data(s, rank, workers)
+        if checkpoint:
+            fits(s, dataset, checkpoint)
+        rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], s.conditional)
+        modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data, kv)
+        start = restore(modules, checkpoint) if checkpoint else (0, 0)
+        log = coverage = None
+        if head:
+            log = Log(s.out, dataset, checkpoint)
+            stack.enter_context(log.file)
+            coverage = Coverage(*real) if s.coverage and real else None
+            print_networks(s, modules)
+            print(f'data: {dataset}; run: {log.path(log.stamp)}')
+            print('metric: facc, fentropy of G, of D; then images/s; time left in the epoch, in the run')
         stopped = train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop)
-    finally:
-        if log:
-            log.file.close()  # and with it the lock
     if head and stopped:
         kept = f"last checkpoint: {log.saved}; to go on: resume = 'latest'" if log.saved else 'nothing was saved'
         print(f'stopped in epoch {stopped[0]} after iteration {stopped[1]}; {kept}')

@@ -136,9 +136,9 @@ def test_a_run_as_a_child(child, tmp_path):
     assert 'batch_size=100' in out and 'device: cpu(0)' in out and 'Total params' in out
     assert 'd1_backward' in out and 'gact5_output' in out  # the monitor
     assert out.count('no window') == 1
-    names = [re.sub(r'\d{4}(_\d\d){2}-\d\d_\d\d', 'STAMP', name) for name in sorted(os.listdir(tmp_path / 'out'))]
+    names = [re.sub(r'\d{4}(_\d\d){2}-\d\d_\d\d', 'STAMP', name) for name in os.listdir(tmp_path / 'out')]
     assert sorted(names) == sorted([
-        'data.png', 'diff.png', 'gout.png', 'loss.png', 'gout-0000.png', 'gout-0001.png', 'digits_STAMP.csv',
+        '.lock', 'data.png', 'diff.png', 'gout.png', 'loss.png', 'gout-0000.png', 'gout-0001.png', 'digits_STAMP.csv',
         'digits_D_STAMP-0000.params', 'digits_D_STAMP-0001.params', 'digits_D_STAMP-symbol.json',
         'digits_G_STAMP-0000.params', 'digits_G_STAMP-0001.params', 'digits_G_STAMP-symbol.json',
         'digits_STAMP-0000.json', 'digits_STAMP-0001.json', 'digits_STAMP-0000.states', 'digits_STAMP-0001.states'])
