@@ -4,6 +4,7 @@ Images stay small until they are needed: the whole training set is one uint8 arr
 `PixelIter` turns it into float32 in [-1, 1], batch by batch, on the device that trains.
 """
 import gzip
+import mmap
 import os
 import socket
 import struct
@@ -101,7 +102,7 @@ def _read_idx(path, what, image_shape):
             head = file.read(header.size)
             if len(head) < header.size:
                 raise ValueError('cut short in the header' if head else 'empty')
-            found, count, *shape = header.unpack(head) if len(head) == header.size else ()
+            found, count, *shape = header.unpack(head)
             if found != magic:
                 raise ValueError(f'not an IDX file of {what} (magic number {found:#x}, should be {magic:#x})')
             if tuple(shape) != image_shape:
@@ -132,12 +133,11 @@ def _from_openml():
         try:
             with np.load(cache, allow_pickle=False) as arrays:
                 X, y = arrays['X'], arrays['y']
-            if X.dtype == y.dtype == np.uint8 and X.shape == y.shape[:1] + (28, 28) and y.ndim == 1 and len(y):
+            if X.dtype == y.dtype == np.uint8 and X.shape == (y.size, 28, 28) and y.shape == (len(X),) and len(X):
                 return X, y
-            problem = 'not MNIST'
+            raise ValueError('not MNIST')
         except Exception as error:  # zipfile and NumPy have a dozen kinds for a flipped bit
-            problem = error
-        print(f'{cache} is damaged ({problem}); fetching MNIST again', flush=True)
+            print(f'{cache} is damaged ({error}); fetching MNIST again', flush=True)
     print('fetching MNIST from OpenML (15 MB, then half a minute to parse; only this once) ...', flush=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # scikit-learn sets none: a server that never answers would hold us for ever
@@ -304,30 +304,29 @@ def _check_rec(path, batch_size):
         raise FileNotFoundError(f'{path}: no such file; imgnet_path must name a .rec made by im2rec.py')
     if set('#?;') & set(path):
         raise ValueError(f'{path}: MXNet reads # ? and ; in a name its own way; rename it')
-    magic, size, step = 0xced7230a, os.path.getsize(path), 1 << 20
     redo = 'make it again with im2rec.py'
-    with open(path, 'rb') as file:
+    if not os.path.getsize(path):
+        raise ValueError(f'{path}: empty; {redo}')
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        magic, size = struct.pack('<I', 0xced7230a), len(content)
+
         def record(offset):
-            """Flag and end of the record that starts at `offset`."""
-            file.seek(offset)
-            head = file.read(8)
-            if len(head) < 8 or struct.unpack('<I', head[:4])[0] != magic:
-                raise ValueError(f'{path}: not a RecordIO file (at byte {offset}); {redo}' if size else
-                                 f'{path}: empty; {redo}')
-            length = struct.unpack('<I', head[4:])[0]
-            return length >> 29, offset + 8 + (length & (1 << 29) - 1) + 3 & ~3
+            """Flag and end of the record, or the part of one, that starts at `offset`."""
+            if content[offset:offset + 4] != magic:
+                raise ValueError(f'{path}: not a RecordIO file (at byte {offset}); {redo}')
+            word = int.from_bytes(content[offset + 4:offset + 8], 'little')
+            end = offset + 8 + (word & (1 << 29) - 1) + 3 & ~3
+            if end > size:
+                raise ValueError(f'{path}: cut short (at byte {size}); {redo}')
+            return word >> 29, end
 
         images = offset = 0
-        while images < batch_size and (offset < size or not size):
+        while images < batch_size and offset < size:
             start, (flag, offset) = offset, record(offset)
-            if offset > size:
-                raise ValueError(f'{path}: cut short (at byte {size}); {redo}')
-            if flag in (0, 1):  # the whole of a record or its first part
-                images += 1
-            if images == 1 and flag == 0:
-                file.seek(start + 8)
+            images += flag in (0, 1)  # the whole of a record or its first part
+            if start == 0 and flag == 0:
                 try:
-                    _, image = mx.recordio.unpack(file.read(offset - start - 8))
+                    _, image = mx.recordio.unpack(content[8:offset])
                     image = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
                 except (struct.error, ValueError, cv2.error):
                     image = None
@@ -335,15 +334,9 @@ def _check_rec(path, batch_size):
                     raise ValueError(f'{path}: its records are not images; {redo}')
         if images < batch_size:
             raise ValueError(f'{path}: has {images} images, fewer than the batch of {batch_size}')
-        last = size - size % 4
-        found = -1
-        while found < 0 and last > 0:
-            first = max(0, last - step)
-            file.seek(first)
-            words = np.frombuffer(file.read(last - first), '<u4')
-            hits = np.flatnonzero(words == magic)
-            found = first + 4 * int(hits[-1]) if len(hits) else -1
-            last = first
-        flag, end = record(found)
+        last = content.rfind(magic)
+        while last % 4:
+            last = content.rfind(magic, 0, last + 3)
+        flag, end = record(last)
         if end != size or flag not in (0, 3):  # the whole of a record or its last part
             raise ValueError(f'{path}: cut short (at byte {size}); {redo}')

@@ -17,6 +17,7 @@ import glob
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 
@@ -82,8 +84,7 @@ def default_ctx():
 
 def last_line(error):
     """What an error says, without MXNet's C++ stack trace."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 def editable(cls):
@@ -144,7 +145,7 @@ def check(s):
     for name, top in {'lr': math.inf, 'beta1': 1}.items():
         value = getattr(s, name)
         if type(value) not in (int, float) or not 0 <= value < top:
-            raise ValueError(f'{name} = {value!r}: must be a number from 0 to {"1, without 1" if top == 1 else "..."}')
+            raise ValueError(f'{name} = {value!r}: must be a number from 0 to below {top}')
     if s.dataset == 'imagenet' and s.nc != 3:
         raise ValueError('nc = 1: photos have three channels; set nc = 3')
     if s.dataset == 'imagenet' and s.conditional:
@@ -179,39 +180,30 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12)
     Returns: `gout`, (batch, nc, 64, 64) in [-1, 1] out of `rand` (batch, Z, 1, 1); `dloss`, (batch, 1), D's
     probability that an image is real, out of `data` (batch, nc, 64, 64) and `label` (batch,).
     """
-    def deconv(x, name, num_filter, **kwargs):
-        return mx.sym.Deconvolution(x, name=name, kernel=(4, 4), num_filter=num_filter, no_bias=no_bias, **kwargs)
+    deconv = functools.partial(mx.sym.Deconvolution, kernel=(4, 4), no_bias=no_bias)
+    conv = functools.partial(mx.sym.Convolution, kernel=(4, 4), no_bias=no_bias)
+    up = functools.partial(deconv, stride=(2, 2), pad=(1, 1))  # twice the height and width
+    down = functools.partial(conv, stride=(2, 2), pad=(1, 1))  # half
+    norm = functools.partial(mx.sym.BatchNorm, fix_gamma=fix_gamma, eps=eps)
+    relu = functools.partial(mx.sym.Activation, act_type='relu')
+    leaky = functools.partial(mx.sym.LeakyReLU, act_type='leaky', slope=0.2)
 
-    def conv(x, name, num_filter, **kwargs):
-        return mx.sym.Convolution(x, name=name, kernel=(4, 4), num_filter=num_filter, no_bias=no_bias, **kwargs)
-
-    def norm(x, name):
-        return mx.sym.BatchNorm(x, name=name, fix_gamma=fix_gamma, eps=eps)
-
-    def relu(x, name):
-        return mx.sym.Activation(x, name=name, act_type='relu')
-
-    def leaky(x, name):
-        return mx.sym.LeakyReLU(x, name=name, act_type='leaky', slope=0.2)
-
-    double = dict(stride=(2, 2), pad=(1, 1))  # deconv: twice the height and width; conv: half
-
-    x = mx.sym.Variable('rand')                                        # Z        x  1 x  1
-    x = relu(norm(deconv(x, 'g1', ngf * 8), 'gbn1'), 'gact1')            # ngf * 8  x  4 x  4
-    x = relu(norm(deconv(x, 'g2', ngf * 4, **double), 'gbn2'), 'gact2')  # ngf * 4  x  8 x  8
-    x = relu(norm(deconv(x, 'g3', ngf * 2, **double), 'gbn3'), 'gact3')  # ngf * 2  x 16 x 16
-    x = relu(norm(deconv(x, 'g4', ngf, **double), 'gbn4'), 'gact4')      # ngf      x 32 x 32
-    x = deconv(x, 'g5', max(nc, 2), **double)                          # nc       x 64 x 64
+    x = mx.sym.Variable('rand')                                                          # Z        x  1 x  1
+    x = relu(norm(deconv(x, num_filter=ngf * 8, name='g1'), name='gbn1'), name='gact1')  # ngf * 8  x  4 x  4
+    x = relu(norm(up(x, num_filter=ngf * 4, name='g2'), name='gbn2'), name='gact2')      # ngf * 4  x  8 x  8
+    x = relu(norm(up(x, num_filter=ngf * 2, name='g3'), name='gbn3'), name='gact3')      # ngf * 2  x 16 x 16
+    x = relu(norm(up(x, num_filter=ngf, name='g4'), name='gbn4'), name='gact4')          # ngf      x 32 x 32
+    x = up(x, num_filter=max(nc, 2), name='g5')                                          # nc       x 64 x 64
     if nc == 1:  # oneDNN cannot differentiate a deconvolution of one filter: two, of which the first is used
         x = mx.sym.slice_axis(x, axis=1, begin=0, end=1)
-    gout = mx.sym.Activation(x, name='gact5', act_type='tanh')
+    gout = mx.sym.Activation(x, act_type='tanh', name='gact5')
 
-    x = mx.sym.Variable('data')                                        # nc       x 64 x 64
-    x = leaky(conv(x, 'd1', ndf, **double), 'dact1')                     # ndf      x 32 x 32
-    x = leaky(norm(conv(x, 'd2', ndf * 2, **double), 'dbn2'), 'dact2')   # ndf * 2  x 16 x 16
-    x = leaky(norm(conv(x, 'd3', ndf * 4, **double), 'dbn3'), 'dact3')   # ndf * 4  x  8 x  8
-    x = leaky(norm(conv(x, 'd4', ndf * 8, **double), 'dbn4'), 'dact4')   # ndf * 8  x  4 x  4
-    x = mx.sym.Flatten(conv(x, 'd5', 1))                               # 1
+    x = mx.sym.Variable('data')                                                          # nc       x 64 x 64
+    x = leaky(down(x, num_filter=ndf, name='d1'), name='dact1')                          # ndf      x 32 x 32
+    x = leaky(norm(down(x, num_filter=ndf * 2, name='d2'), name='dbn2'), name='dact2')   # ndf * 2  x 16 x 16
+    x = leaky(norm(down(x, num_filter=ndf * 4, name='d3'), name='dbn3'), name='dact3')   # ndf * 4  x  8 x  8
+    x = leaky(norm(down(x, num_filter=ndf * 8, name='d4'), name='dbn4'), name='dact4')   # ndf * 8  x  4 x  4
+    x = mx.sym.Flatten(conv(x, num_filter=1, name='d5'))                                 # 1
     dloss = mx.sym.LogisticRegressionOutput(x, mx.sym.Variable('label'), name='dloss')
     return gout, dloss
 
@@ -307,10 +299,9 @@ def make_modules(s, data_shapes, rand_shapes, kv=None):
     for mod in (modG, modD):
         mod.init_params(mx.init.Normal(0.02))
         mod.init_optimizer(kv or s.kvstore, 'adam', {'learning_rate': s.lr, 'beta1': s.beta1, 'wd': 0.})
-        for i, copies in enumerate(mod._exec_group.param_arrays):  # now, so that a checkpoint finds them at any time
-            for k, weight in enumerate(copies):
-                mod._updater.states[i * len(s.ctx) + k] = mod._optimizer.create_state(i, weight)
-                mod._updater.states_synced[i * len(s.ctx) + k] = True
+        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # now: a checkpoint wants them
+            mod._updater.states[i] = mod._optimizer.create_state(i, weight)
+            mod._updater.states_synced[i] = True
     if s.monitor:  # it would print the gradients that the twins skip, uninitialised: D does all of the work
         return modG, modD, modD
     modDx = mx.mod.Module(dloss, fixed_param_names=modD._param_names, **names)
@@ -361,19 +352,19 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1):
 
 # ---------------------------------------------------------------- the loop
 
-def train_loop(s, modules, train_iter, rand_iter, start=(0, 0), kv=None, log=None, coverage=None, stop=None):
+def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop):
     """Train until `s.epochs` are done, or until `stop` says so.
 
     Parameters
     ----------
     modules : what `make_modules` returns
     start : (epoch, iteration) to begin after
-    kv : the key-value store, where several machines train
-    log : `Log`, where this process is the one that prints, shows and saves
+    kv : the key-value store, where several machines train, or None
+    log : `Log`, where this process is the one that prints, shows and saves, or None
     coverage : `Coverage`, or None
     stop : `Stop`
 
-    Raises ValueError where a loss is no finite number.
+    Returns the (epoch, iteration) after which it was stopped, or None. Raises ValueError where a loss is not finite.
     """
     rank, workers = (kv.rank, kv.num_workers) if kv else (0, 1)
     mACC, mG, mD = metrics = [mx.metric.CustomMetric(f) for f in (facc, fentropy, fentropy)]
@@ -390,8 +381,7 @@ def train_loop(s, modules, train_iter, rand_iter, start=(0, 0), kv=None, log=Non
         """Catch up with the answers of the iterations since the last line."""
         for iteration, (fake_answer, real_answer, answer) in answers:
             for metric in (mACC, mD):
-                metric.update([label0], [fake_answer])
-                metric.update([label1], [real_answer])
+                metric.update([label0, label1], [fake_answer, real_answer])
             mG.update([label1], [answer])
             if not math.isfinite(mD.get()[1] + mG.get()[1]):
                 raise ValueError(f'the loss is not finite at epoch {epoch}, iteration {iteration}; last good '
@@ -411,7 +401,7 @@ def train_loop(s, modules, train_iter, rand_iter, start=(0, 0), kv=None, log=Non
             metric.reset()
         while True:
             batch = next(train_iter, None)
-            finished, stopping = vote(kv, batch is None, stop is not None and stop.signum)
+            finished, stopping = vote(kv, batch is None, stop.signum)
             if stopping or finished == workers:
                 break
             if batch is None:  # this worker's share is done, another's is not
@@ -428,10 +418,9 @@ def train_loop(s, modules, train_iter, rand_iter, start=(0, 0), kv=None, log=Non
             if t % every == 0 and log:
                 update_metrics()
                 seconds = (time.time() - tic) / (t - line_t)
-                rate, left, total = s.batch_size * workers / seconds, None, None
-                if num_batches:
-                    left = (num_batches - t) * seconds
-                    total = left + (s.epochs - 1 - epoch) * num_batches * seconds
+                rate = s.batch_size * workers / seconds
+                left = num_batches and (num_batches - t) * seconds
+                total = num_batches and left + (s.epochs - 1 - epoch) * num_batches * seconds
                 named = ' '.join(f"('{name}', {value:.2f})" for name, value in (mACC.get(), mG.get(), mD.get()))
                 print(f'epoch: {epoch} iter: {t} metric: {named} {rate:.0f}/s {span(left)} {span(total)}')
                 log.write(epoch=epoch, iteration=t, seconds=time.time() - tic, facc=mACC.get()[1],
@@ -525,7 +514,7 @@ def connect(s):
         return None
     for name in ('DMLC_ROLE', 'DMLC_PS_ROOT_URI', 'DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER'):
         value = os.environ.get(name, '')
-        if not value or name[-1] in 'TR' and 'URI' not in name and not value.isdigit():
+        if not value or ('PORT' in name or 'NUM' in name) and not value.isdigit():
             raise ValueError(f"{name}={value!r}: kvstore = 'dist_sync' needs it (README, several machines)")
     if role not in ('worker', 'server', 'scheduler'):
         raise ValueError(f'DMLC_ROLE={role!r}: must be worker, server or scheduler')
@@ -591,6 +580,9 @@ def vote(kv, *flags):
 
 # ---------------------------------------------------------------- the log
 
+SCRATCH = '.saving-'  # how the names of temporary folders in `out` begin
+
+
 @contextlib.contextmanager
 def alone_in(out):
     """Keep other processes from training in the same folder: pictures and checkpoints would overwrite each other's."""
@@ -602,6 +594,8 @@ def alone_in(out):
             raise ValueError(f'{out}: another process trains in this folder; stop it, or set another out') from None
         except OSError as error:
             print(f'WARNING: {out} cannot be locked ({error}): let no other run use it')
+        for leftover in glob.glob(os.path.join(glob.escape(out), f'{SCRATCH}*')):
+            shutil.rmtree(leftover)  # of a run that was killed within a save
         yield
 
 
@@ -618,19 +612,18 @@ class Log:
     def __init__(self, out, dataset, checkpoint=None):
         self.out, self.dataset, self.saved = out, dataset, checkpoint and checkpoint['path']
         self.losses, self.seconds = ([], []), 0
-        rows = list(self.read(checkpoint)) if checkpoint else []
         self.stamp = self.pick_stamp(checkpoint)
         path = self.path(self.stamp)
-        self.file = open(path, 'r+' if os.path.exists(path) else 'w', newline='')
+        self.file = open(path + '.tmp', 'w', newline='')
         self.writer = csv.DictWriter(self.file, self.FIELDS, extrasaction='ignore')
         self.writer.writeheader()
-        for row in rows:
-            self.writer.writerow(row)
-            self.note(row)
+        for row in self.read(checkpoint) if checkpoint else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a row that a full disk has cut
+                if (int(row['epoch']), int(row['iteration'])) <= (checkpoint['epoch'], checkpoint['iteration']):
+                    self.note(row)
+                    self.writer.writerow(row)
         self.file.flush()
-        self.file.truncate()
-        for leftover in glob.glob(os.path.join(glob.escape(out), f'{dataset}_*.tmp')):
-            os.remove(leftover)  # of a run that was killed within a save
+        os.replace(path + '.tmp', path)
 
     def path(self, stamp):
         return os.path.join(self.out, f'{self.dataset}_{stamp}.csv')
@@ -645,22 +638,21 @@ class Log:
         return next(name for name in [stamp, *(f'{stamp}_{n}' for n in range(2, 1000))]
                     if not os.path.exists(self.path(name)))
 
-    @staticmethod
-    def read(checkpoint):
-        """The rows up to a checkpoint."""
-        home, end = os.path.dirname(checkpoint['path']), (checkpoint['epoch'], checkpoint['iteration'])
+    def read(self, checkpoint):
+        """The rows of a checkpoint's run; none where its .csv is gone."""
+        path = os.path.join(os.path.dirname(checkpoint['path']), os.path.basename(self.path(checkpoint['stamp'])))
         with contextlib.suppress(FileNotFoundError):
-            with open(os.path.join(home, f'{checkpoint["dataset"]}_{checkpoint["stamp"]}.csv'), newline='') as file:
-                for row in csv.DictReader(file):
-                    with contextlib.suppress(ValueError, TypeError, KeyError):
-                        if (int(row['epoch']), int(row['iteration'])) <= end:
-                            yield row
+            with open(path, newline='') as file:
+                return list(csv.DictReader(file))
+        return []
 
     def note(self, row):
+        """Remember what the curves need. Raises ValueError or TypeError where a value is missing."""
         if row.get('fentropy_G'):
-            self.losses[0].append(float(row['fentropy_G']))
-            self.losses[1].append(float(row['fentropy_D']))
-            self.seconds = float(row['seconds'])
+            G, D, seconds = (float(row[name]) for name in ('fentropy_G', 'fentropy_D', 'seconds'))
+            self.losses[0].append(G)
+            self.losses[1].append(D)
+            self.seconds = seconds
 
     def write(self, **row):
         """Append a row; `seconds` counts from the row before. A full disk is said, and does not end the run."""
@@ -685,8 +677,9 @@ def params(mod):
 
 
 def optimizer_state(net, mod):
-    """{name: each device's copy} of Adam's moments, and the moving averages of the other devices."""
-    num_ctx, arrays = len(mod._context), {}
+    """{name: each device's copy} of Adam's step count and moments, and of the other devices' moving averages."""
+    num_ctx = len(mod._context)
+    arrays = {f'{net}.count': [mx.nd.array([mod._optimizer.num_update], dtype='int64')]}
     for i, name in enumerate(mod._param_names):
         moments = zip(*(mod._updater.states[i * num_ctx + k] for k in range(num_ctx)))
         arrays[f'{net}.mean.{name}'], arrays[f'{net}.var.{name}'] = moments
@@ -698,9 +691,9 @@ def optimizer_state(net, mod):
 def save(s, modules, log, epoch, iteration, complete):
     """Save the run as it is after `iteration` of `epoch`: whole, or not at all.
 
-    Every file is written to a temporary name, read back, flushed to disk and renamed; the manifest, which has the
-    others' hashes, comes last, and without it the rest does not count. Where this fails (a full disk), one line says
-    so and the run goes on. Raises ValueError where a parameter is no finite number: nothing is then overwritten.
+    Every file is written to a temporary folder, read back, flushed to disk and then renamed; the manifest, which has
+    the others' hashes, comes last, and without it the rest does not count. Where this fails (a full disk), one line
+    says so and the run goes on. Raises ValueError where a parameter is no finite number: nothing is then overwritten.
     """
     mx.nd.waitall()  # BatchNorm's moving averages are else read before they are written
     tag = log.stamp if complete else f'{log.stamp}-iter{iteration}'
@@ -714,36 +707,33 @@ def save(s, modules, log, epoch, iteration, complete):
         files[f'{log.dataset}_{net}_{tag}-symbol.json'] = mod.symbol.save
         files[f'{log.dataset}_{net}_{tag}-{epoch:04d}.params'] = functools.partial(mx.nd.save, data=arrays)
         state.update({name: copies[0] for name, copies in optimizer_state(net, mod).items()})
-        state[f'{net}.count'] = mx.nd.array([mod._optimizer.num_update], dtype='int64')
     files[f'{log.dataset}_{tag}-{epoch:04d}.states'] = functools.partial(mx.nd.save, data=state)
     manifest = {'dataset': log.dataset, 'stamp': log.stamp, 'epoch': epoch, 'iteration': iteration,
-                'complete': complete, 'saved': time.time(),
-                'settings': {f.name: getattr(s, f.name) for f in dataclasses.fields(s)},
-                'versions': {'mxnet': mx.__version__, 'numpy': np.__version__, 'python': platform.python_version()},
-                'files': {}}
-    path = os.path.join(log.out, f'{log.dataset}_{tag}-{epoch:04d}.json')
-    try:
-        for name, write in files.items():
-            temporary = os.path.join(log.out, name + '.tmp')
-            write(temporary)
-            if not name.endswith('.json'):
-                load_arrays(temporary)
-            flush(temporary)
-            manifest['files'][name] = sha256(temporary)
-        with open(path + '.tmp', 'w') as file:
+                'complete': complete, 'saved': time.time(), 'settings': vars(s), 'files': {},
+                'versions': {'mxnet': mx.__version__, 'numpy': np.__version__, 'python': platform.python_version()}}
+
+    def write_manifest(path):
+        with open(path, 'w') as file:
             json.dump(manifest, file, indent=1, default=str)
-        flush(path + '.tmp')
-        for name in [*files, os.path.basename(path)]:
-            os.replace(os.path.join(log.out, name + '.tmp'), os.path.join(log.out, name))
+
+    files[f'{log.dataset}_{tag}-{epoch:04d}.json'] = write_manifest
+    try:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=log.out) as scratch:
+            for name, write in files.items():
+                path = os.path.join(scratch, name)
+                write(path)
+                if not name.endswith('.json'):
+                    load_arrays(path)
+                flush(path)
+                manifest['files'][name] = sha256(path)
+            for name in files:
+                os.replace(os.path.join(scratch, name), os.path.join(log.out, name))
         flush(log.out)
     except (OSError, ValueError, mx.MXNetError) as error:
         print(f'WARNING: checkpoint of epoch {epoch} not saved: {last_line(error)}; the run goes on')
-        for name in [*files, os.path.basename(path)]:
-            with contextlib.suppress(OSError):
-                os.remove(os.path.join(log.out, name + '.tmp'))
-        return
-    log.saved = path
-    prune(log)
+    else:
+        log.saved = os.path.join(log.out, name)
+        prune(log)
 
 
 def flush(path):
@@ -756,11 +746,8 @@ def flush(path):
 
 
 def sha256(path):
-    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        for block in iter(lambda: file.read(1 << 20), b''):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def prune(log):
@@ -803,10 +790,8 @@ def checkpoints(folder, say=False):
     """The manifests in a folder, newest first; with `say`, also a line for each that is missing or wrong."""
     found, folder = [], glob.escape(folder)
     paths = set(glob.glob(f'{folder}/*-[0-9][0-9][0-9][0-9].json'))
-    for net in 'GD':
-        for path in glob.glob(f'{folder}/*_{net}_*-[0-9][0-9][0-9][0-9].params'):
-            home, name = os.path.split(path[:-len('.params')])
-            paths.add(os.path.join(home, name.replace(f'_{net}_', '_') + '.json'))
+    for path in glob.glob(f'{folder}/*_G_*-[0-9][0-9][0-9][0-9].params'):
+        paths.add('_'.join(path[:-len('.params')].rsplit('_G_', 1)) + '.json')
     for path in paths:
         try:
             found.append(read_manifest(path))
@@ -880,12 +865,10 @@ def load_arrays(path):
             raise ValueError('wrong magic number')
         for _ in range(count):
             magic, storage, ndim = take('IiI')
-            if magic != 0xF993fac9 or storage or not 1 <= ndim <= 8:
+            if magic != 0xF993fac9 or storage:
                 raise ValueError('not an array')
-            shape = take(f'{ndim}q')
+            shape = take(f'{ndim}Q')
             dtype = np.dtype(('f4', 'f8', 'f2', 'u1', 'i4', 'i1', 'i8')[take('iii')[2]])
-            if min(shape) < 0:
-                raise ValueError('negative size')
             arrays.append(np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape))
             offset += arrays[-1].nbytes
         names = [take(f'{take("Q")[0]}s')[0].decode() for _ in range(take('Q')[0])]
@@ -899,8 +882,8 @@ def load_arrays(path):
 def load_into(path, targets):
     """Fill `targets`, {name: list of NDArrays}, from a file that must have just these names and shapes."""
     arrays = load_arrays(path)
-    expected, found = ({(name, array.shape) for name, array in pairs} for pairs in (
-        ((name, copies[0]) for name, copies in targets.items()), arrays.items()))
+    expected = {(name, copies[0].shape) for name, copies in targets.items()}
+    found = {(name, array.shape) for name, array in arrays.items()}
     if expected != found:
         raise ValueError(f'{path}: does not fit these networks and devices ({min(expected ^ found)[0]})')
     for name, copies in targets.items():
@@ -914,7 +897,6 @@ def restore(modules, checkpoint):
     for net, mod in zip('GD', modules):
         load_into(checkpoint[f'_{net}_'], params(mod))
         state.update(optimizer_state(net, mod))
-        state[f'{net}.count'] = [mx.nd.zeros(1, dtype='int64')]
     load_into(checkpoint['.states'], state)
     for net, mod in zip('GD', modules):
         # from here on Adam's bias correction counts
@@ -950,7 +932,7 @@ def finish_epoch(s, modG, log, coverage, epoch, iteration):
         latent, digits = fixed_latents(s, 1000)
         coverage.reset()
         coverage.update([digits] if s.conditional else [], [generate(modG, latent, digits)])
-        row = dict(zip(*coverage.get()))
+        row = dict(coverage.get_name_value())
         shares = ' '.join(f'{100 * row[f"share_{digit}"]:.0f}' for digit in range(10))
         print(f'epoch: {epoch} digits: {row["digits"]} of 10, shares: {shares} %, confidence: {row["confidence"]:.2f}, '
               f'KL: {row["kl"]:.3f}')
@@ -1032,7 +1014,7 @@ def run(s, stop):
     head = rank == 0  # the one that prints, shows and saves
     with contextlib.ExitStack() as stack:
         if head:
-            print('settings:', *(f'{f.name}={getattr(s, f.name)!r}' for f in dataclasses.fields(s)))
+            print('settings:', *(f'{name}={value!r}' for name, value in vars(s).items()))
             print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
             stack.enter_context(alone_in(s.out))
         checkpoint = find_checkpoint(s.resume, s.out) if s.resume else None

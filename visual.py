@@ -80,33 +80,37 @@ def plot(curves, every):
     ----------
     curves : {name: list of floats}, one value every `every` iterations; at most three curves
     """
-    width, height, left, right, top, bottom = 640, 480, 50, 30, 35, 45
+    left, right, top, bottom = 50, 610, 35, 435  # of the axes, in a picture of 640x480
     colours = np.array([(0, 94, 213), (178, 114, 0), (115, 158, 0)])  # told apart by colour-blind eyes too
-    picture = np.full((height, width, 3), 255, np.uint8)
-
-    def text(string, x, y, colour=(0, 0, 0), font=(cv2.FONT_HERSHEY_SIMPLEX, 0.45)):
-        size = cv2.getTextSize(string, *font, 1)[0][0]
-        cv2.putText(picture, string, (int(min(x - size / 2, width - size)), int(y)), *font, colour, 1, cv2.LINE_AA)
-
-    def ticks(limit):
-        step = 10 ** np.floor(np.log10(limit))
-        step *= next(f for f in (0.2, 0.5, 1, 2) if limit / (step * f) <= 6)
-        return [(value, f'{value:,.10g}') for value in np.arange(0, limit + step / 1000, step)]
-
+    picture = np.full((480, 640, 3), 255, np.uint8)
     values = {name: np.array(curve, float) for name, curve in curves.items()}
     peaks = [np.percentile(v[np.isfinite(v)], 99) for v in values.values() if np.isfinite(v).any()]
     y_limit = 1.1 * max([0.5, *peaks])  # a rare peak is cut off: it would flatten all the rest
     x_limit = max([every, *(len(v) * every for v in values.values())])
-    x_of = lambda x: left + x / x_limit * (width - left - right)
-    y_of = lambda y: height - bottom - np.clip(y / y_limit, 0, 1) * (height - top - bottom)
 
-    for value, label in ticks(y_limit):
-        cv2.line(picture, (left, int(y_of(value))), (width - right, int(y_of(value))), (225, 225, 225))
-        text(label, left / 2, y_of(value) + 5)
-    for value, label in ticks(x_limit):
-        cv2.line(picture, (int(x_of(value)), height - bottom), (int(x_of(value)), height - bottom + 4), (0, 0, 0))
-        text(label, x_of(value), height - bottom + 18)
-    text('iterations', (left + width - right) / 2, height - 8)
+    def x_of(iteration):
+        return left + iteration / x_limit * (right - left)
+
+    def y_of(value):
+        return bottom - np.clip(value / y_limit, 0, 1) * (bottom - top)
+
+    def text(string, x, y, colour=(0, 0, 0)):
+        font = cv2.FONT_HERSHEY_SIMPLEX, 0.45
+        width = cv2.getTextSize(string, *font, 1)[0][0]
+        cv2.putText(picture, string, (int(min(x - width / 2, 640 - width)), int(y)), *font, colour, 1, cv2.LINE_AA)
+
+    def ticks(limit):
+        step = 10 ** np.floor(np.log10(limit))
+        step *= next(f for f in (0.2, 0.5, 1, 2) if limit / (step * f) <= 6)
+        return np.arange(0, limit + step / 1000, step)
+
+    for value in ticks(y_limit):
+        cv2.line(picture, (left, int(y_of(value))), (right, int(y_of(value))), (225, 225, 225))
+        text(f'{value:,.10g}', left / 2, y_of(value) + 5)
+    for value in ticks(x_limit):
+        cv2.line(picture, (int(x_of(value)), bottom), (int(x_of(value)), bottom + 4), (0, 0, 0))
+        text(f'{value:,.10g}', x_of(value), bottom + 18)
+    text('iterations', (left + right) / 2, 472)
     for mean in (False, True):  # the values in pale, then on top what they do on average
         for i, (name, v) in enumerate(values.items()):
             points = np.stack([x_of(np.arange(1, len(v) + 1) * every), y_of(v)])[:, np.isfinite(v)]
@@ -119,7 +123,7 @@ def plot(curves, every):
                 text(f'entropy of {name}', left + 60 + 130 * i, top - 12, colour)
                 for point in points[-1:, 0].tolist():
                     cv2.circle(picture, point, 3, colour, -1, cv2.LINE_AA)  # even one value shows
-    cv2.rectangle(picture, (left, top), (width - right, height - bottom), (0, 0, 0))
+    cv2.rectangle(picture, (left, top), (right, bottom), (0, 0, 0))
     return picture
 
 
