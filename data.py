@@ -9,6 +9,8 @@ import os
 import socket
 import struct
 import tempfile
+import threading
+import time
 import warnings
 import zlib
 
@@ -126,6 +128,8 @@ def _from_openml():
     from sklearn.datasets import fetch_openml, get_data_home
     try:
         home = get_data_home()
+        if not os.path.exists(os.path.join(home, 'mnist_784.npz')):
+            tempfile.TemporaryFile(dir=home).close()
     except OSError:  # a home that cannot be written
         home = get_data_home(os.path.join(tempfile.gettempdir(), 'scikit_learn_data'))
     cache = os.path.join(home, 'mnist_784.npz')
@@ -139,6 +143,8 @@ def _from_openml():
         except Exception as error:  # zipfile and NumPy have a dozen kinds for a flipped bit
             print(f'{cache} is damaged ({error}); fetching MNIST again', flush=True)
     print('fetching MNIST from OpenML (15 MB, then half a minute to parse; only this once) ...', flush=True)
+    done = threading.Event()
+    threading.Thread(target=_tick, args=(done,), daemon=True).start()
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # scikit-learn sets none: a server that never answers would hold us for ever
     try:
@@ -154,6 +160,7 @@ def _from_openml():
         raise OSError(f'MNIST cannot be had from OpenML ({reason}); set mnist_path to a folder with its IDX files'
                       ) from None
     finally:
+        done.set()
         socket.setdefaulttimeout(timeout)
     try:
         with tempfile.TemporaryDirectory(dir=home) as scratch:
@@ -162,6 +169,13 @@ def _from_openml():
     except OSError as error:
         print(f'MNIST could not be kept for the next start ({error})', flush=True)
     return X, y
+
+
+def _tick(done):
+    """Show that something happens."""
+    tic = time.monotonic()
+    while not done.wait(5):
+        print(f'... {time.monotonic() - tic:.0f} s', flush=True)
 
 
 # ---------------------------------------------------------------- iterators
@@ -268,11 +282,14 @@ class ImagenetIter(mx.io.DataIter):
         super().__init__(batch_size)
         _check_rec(path, batch_size * num_parts)
         self.ctx = ctx or mx.cpu()
-        self.internal = mx.io.ImageRecordIter(
-            path_imgrec=path, data_shape=data_shape, batch_size=batch_size, resize=256, rand_crop=True,
-            min_crop_size=192, max_crop_size=256, rand_mirror=True, mean_r=127.5, mean_g=127.5, mean_b=127.5,
-            scale=1 / 127.5, preprocess_threads=int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count()),
-            num_parts=num_parts, part_index=part_index, verbose=False)
+        try:
+            self.internal = mx.io.ImageRecordIter(
+                path_imgrec=path, data_shape=data_shape, batch_size=batch_size, resize=256, rand_crop=True,
+                min_crop_size=192, max_crop_size=256, rand_mirror=True, mean_r=127.5, mean_g=127.5, mean_b=127.5,
+                scale=1 / 127.5, preprocess_threads=int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count()),
+                num_parts=num_parts, part_index=part_index, verbose=False)
+        except StopIteration:  # it reads the first batch; its shares are cut by bytes
+            raise ValueError(f'{path}: share {part_index} of {num_parts} has no image; use fewer workers') from None
         self.provide_data = [mx.io.DataDesc('data', (batch_size,) + tuple(data_shape), np.float32)]
         self.provide_label = []
 

@@ -1,6 +1,10 @@
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -20,8 +24,17 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def child(tmp_path):
-    """Start `train` with such settings in a process of its own, in its own session; killed at the end."""
+    """Start `train` with such settings in a process of its own, in its own session; killed at the end, or when a test
+    has hung for too long."""
     started = []
+
+    def kill():
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    watchdog = threading.Timer(900, kill)
+    watchdog.start()
 
     def start(before='', env=(), **changes):
         settings = {**TINY, 'out': str(tmp_path / 'out'), **changes}
@@ -33,9 +46,34 @@ def child(tmp_path):
         return process
 
     yield start
+    watchdog.cancel()
+    kill()
     for process in started:
-        process.kill()
         process.communicate()
+
+
+def wait_for_line(process, start):
+    """Read what a process prints up to a line that starts so."""
+    for line in process.stdout:
+        if line.startswith(start):
+            return
+    pytest.fail(f'ended without a line that starts with {start!r}: {process.stderr.read()}')
+
+
+def stop_after(monkeypatch, steps):
+    """Have a run in this process get SIGTERM in its `steps`-th step from now."""
+    step, enter, done, stops = dcgan.train_step, dcgan.Stop.__enter__, [], []
+
+    def counted(*args):
+        done.append(0)
+        if len(done) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not stops[0].signum:  # a thread is about to see it
+                time.sleep(0.001)
+        return step(*args)
+
+    monkeypatch.setattr(dcgan.Stop, '__enter__', lambda self: stops.append(enter(self)) or self)
+    monkeypatch.setattr(dcgan, 'train_step', counted)
 
 
 def final_params(out):

@@ -7,10 +7,12 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import tracemalloc
 import urllib.parse
@@ -24,6 +26,7 @@ from sklearn.datasets import _openml, load_digits
 import dcgan  # before mxnet: it prepares the environment
 import data
 import mxnet as mx
+from conftest import stop_after
 
 ROOT = pathlib.Path(dcgan.__file__).resolve().parent
 REAL_MNIST = ROOT.parent / 'shared' / 'mnist'
@@ -358,6 +361,14 @@ def test_openml(openml, monkeypatch, capsys):
     assert not openml.requests and not capsys.readouterr().out
 
 
+def test_a_data_home_that_cannot_be_written(openml, monkeypatch, tmp_path):
+    monkeypatch.setenv('SCIKIT_LEARN_DATA', '/proc/self')  # not even by root
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    assert len(data.get_mnist()[0]) == 180
+    openml.stop()
+    assert len(data.get_mnist()[0]) == 180 and (tmp_path / 'scikit_learn_data' / 'mnist_784.npz').exists()
+
+
 def saved(save, *args, **kwargs):
     file = io.BytesIO()
     save(file, *args, **kwargs)
@@ -522,6 +533,33 @@ def test_photos_have_the_whole_range(tmp_path):
 def test_photos_shared_by_two_machines(photos):
     parts = [colours(epoch(data.ImagenetIter(str(photos), 4, (3, 64, 64), num_parts=2, part_index=i))) for i in (0, 1)]
     assert all(parts) and sorted(parts[0] + parts[1]) == list(range(14))
+
+
+def test_a_share_smaller_than_a_batch(tiny, tmp_path, monkeypatch):
+    """MXNet cuts by bytes: the one large photo is the first share, and fills the second, which has none."""
+    large, small = (np.random.RandomState(0).randint(0, 256, (size, size, 3), np.uint8) for size in (500, 30))
+    path = write_rec(tmp_path / 'uneven.rec', [jpeg(large)] + [jpeg(small)] * 20)
+    for share, words in (0, 'must be bigger than the batch'), (1, 'share 1 of 3 has no image'):
+        monkeypatch.setattr(dcgan, 'load_data', lambda *args: (
+            'imagenet', data.ImagenetIter(path, 4, (3, 64, 64), num_parts=3, part_index=share), None))
+        with pytest.raises(SystemExit, match=words):
+            dcgan.train(tiny(dataset='imagenet', nc=3, batch_size=4))
+
+
+def test_a_run_on_photos(photos, tmp_path, capsys):
+    """Stopped in the first epoch, whose length nobody knows yet, and resumed."""
+    s = dcgan.Settings(dataset='imagenet', imgnet_path=str(photos), nc=3, ngf=4, ndf=4, Z=5, batch_size=4, epochs=2,
+                       out=str(tmp_path), display=False)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(SystemExit):
+            dcgan.train(s)
+    dcgan.train(dcgan.dataclasses.replace(s, resume='latest'))
+    out = capsys.readouterr().out
+    assert 'stopped in epoch 0 after iteration 3' in out and 'done: ' in out
+    # now it is known; 14 photos are four batches, and two of the last belong to the next epoch
+    assert re.findall(r"^(epoch: \d iter: \d+) ", out, re.M) in (['epoch: 1 iter: 3'], ['epoch: 1 iter: 4'])
+    assert [manifest['complete'] for manifest in dcgan.checkpoints(s.out)] == [True, True]
 
 
 def test_photos_train(photos):
