@@ -37,6 +37,7 @@ if not (3, 8) <= sys.version_info[:2] <= (3, 12):
     sys.exit(f'dcgan.py: Python {platform.python_version()}: MXNet needs NumPy 1, which Python 3.8 to 3.12 have; '
              'the README has a line that brings a Python 3.12 along')
 try:
+    import cv2
     import joblib
     import numpy as np
     if int(np.__version__.split('.')[0]) >= 2:
@@ -67,7 +68,9 @@ except (ImportError, OSError) as error:
     cure = next((cure for symptom, cure in {
         'libcuda.so.1': 'no NVIDIA driver; install it, or MXNet for the CPU: pip install -r tests/requirements.txt',
         'libGL.so.1': "OpenCV's windows need it: apt-get install libgl1, or pip install opencv-python-headless",
-        'lib': 'pip install -r requirements.txt brings the CUDA libraries along',
+        'libgthread': 'OpenCV needs it: apt-get install libglib2.0-0',
+        'libgomp': 'MXNet needs it: apt-get install libgomp1',
+        '.so': 'pip install -r requirements.txt brings the CUDA libraries along',
     }.items() if symptom in str(error)),
         'pip install -r requirements.txt (NVIDIA GPU) or tests/requirements.txt (any other machine)')
     sys.exit(f'dcgan.py: {error}: {cure}')
@@ -113,10 +116,10 @@ class Settings:
     Z: int = 100                   # size of the latent vector
     conditional: bool = False      # tell G which digit to make, and D which it sees
     # optimisation
-    batch_size: int = 64
+    batch_size: int = 64           # real images in a step, and as many fakes
     lr: float = 0.0002             # Adam's; both networks
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
-    epochs: int = 100
+    epochs: int = 100              # passes over the training images
     seed: int = 1234               # same seed, same run; on the CPU to the last bit
     ctx: object = default_ctx()    # or mx.cpu(), mx.gpu(1), [mx.gpu(0), mx.gpu(1)]
     kvstore: str = 'device'        # several GPUs: 'device' or 'local'; several machines: 'dist_sync' (README)
@@ -134,6 +137,10 @@ class Settings:
 
 def check(s):
     """Raise ValueError for settings that cannot work: before any long work, one line each."""
+    for field in dataclasses.fields(s):
+        value, right = getattr(s, field.name), {str: 'text in quotes', bool: 'True or False'}.get(field.type)
+        if right and type(value) is not field.type:
+            raise ValueError(f'{field.name} = {value!r}: must be {right}')
     for name in ('ndf', 'ngf', 'nc', 'Z', 'batch_size', 'epochs', 'seed', 'sample', 'monitor'):
         value, least = getattr(s, name), int(name not in ('seed', 'sample', 'monitor'))
         if type(value) is not int or not least <= value < 2 ** 30:
@@ -237,7 +244,7 @@ class Coverage(mx.metric.EvalMetric):
     @staticmethod
     def features(X):
         """(n, nc, 64, 64) in 0..255 -> (n, 256) float32 in [-1, 1]: 16x16 pixels of the first channel."""
-        small = [visual.cv2.resize(x[0], (16, 16), interpolation=visual.cv2.INTER_AREA).ravel() for x in X]
+        small = [cv2.resize(x[0], (16, 16), interpolation=cv2.INTER_AREA).ravel() for x in X]
         return np.stack(small).astype(np.float32) / 127.5 - 1
 
     def classify(self, X):
@@ -957,6 +964,8 @@ def make_samples(s):
     latent, digits = fixed_latents(s, s.sample)
     images = generate(modG, latent, digits)
     visual.save(os.path.join(s.out, 'sample.png'), visual.tile(images, len(s.digits) if s.conditional else None))
+    for old in glob.glob(os.path.join(glob.escape(folder), '[0-9]' * 5 + '.png')):
+        os.remove(old)
     for i, image in enumerate(images):
         visual.save(os.path.join(folder, f'{i:05d}.png'), visual.tile(image[None]))
     # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
@@ -1005,10 +1014,7 @@ def print_networks(s, modules):
 
 
 def run(s, stop):
-    """`train`, with errors as exceptions."""
-    check(s)
-    if s.sample:
-        return make_samples(s)
+    """Train, with errors as exceptions; `s` is checked."""
     kv = connect(s)
     rank, workers = (kv.rank, kv.num_workers) if kv else (0, 1)
     head = rank == 0  # the one that prints, shows and saves
@@ -1037,8 +1043,8 @@ def run(s, stop):
         kept = f"last checkpoint: {log.saved}; to go on: resume = 'latest'" if log.saved else 'nothing was saved'
         print(f'stopped in epoch {stopped[0]} after iteration {stopped[1]}; {kept}')
     elif head:
-        print(f"done: everything is in {s.out}/; more: raise epochs, resume = 'latest'; images: sample = 64, "
-              "resume = 'latest'")
+        more = "; more: raise epochs, resume = 'latest'; images: sample = 64, resume = 'latest'" if log.saved else ''
+        print(f'done: everything is in {s.out}/{more}')
     if kv:
         disconnect(kv)
     if stopped:
@@ -1050,17 +1056,23 @@ def train(settings):
 
     Raises SystemExit: with one line that says what is wrong and what to do, or with 130 (Ctrl-C) or 143 (SIGTERM).
     """
+    paths = {name: os.fspath(value) for name, value in vars(settings).items() if isinstance(value, os.PathLike)}
     ctx = settings.ctx
-    s = dataclasses.replace(settings, ctx=list(ctx) if isinstance(ctx, (list, tuple)) else [ctx])
+    s = dataclasses.replace(settings, ctx=list(ctx) if isinstance(ctx, (list, tuple)) else [ctx], **paths)
     with contextlib.suppress(AttributeError):  # not every stdout is a file
         sys.stdout.reconfigure(line_buffering=True)
     try:
+        check(s)
+        if s.sample:
+            return make_samples(s)
         with Stop() as stop:
             run(s, stop)
     except (ValueError, OSError, mx.MXNetError) as error:
         if role:  # the end of a worker would wait for the others
             give_up(last_line(error))
         sys.exit(f'dcgan.py: {last_line(error)}')
+    except KeyboardInterrupt:  # while samples are made: elsewhere `Stop` takes it
+        sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -138,6 +138,22 @@ def test_samples(tiny, capsys):
     assert np.array_equal(visual.tile(mod.get_outputs()[0].asnumpy()), first['sample.png'])
 
 
+def test_fewer_samples_than_the_last_time(tiny):
+    s = tiny()
+    dcgan.train(s)
+    samples(s, sample=9)
+    samples(s, sample=5)
+    assert len(os.listdir(os.path.join(s.out, 'sample'))) == 5
+
+
+def test_ctrl_c_while_samples_are_made(child):
+    assert child().wait(timeout=300) == 0
+    process = child(resume='latest', sample=9, before='dcgan.visual.save = lambda *args: dcgan.os.kill(dcgan.os.getpid(), '
+                    'dcgan.signal.SIGINT)')
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and err == ''
+
+
 def test_the_walk_goes_through_its_points(tiny):
     """The last image of a row and the first of the next are of the same latent vector."""
     s = tiny()

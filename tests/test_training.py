@@ -4,7 +4,6 @@ import glob
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 
@@ -27,17 +26,19 @@ def floats(X, nc):
 
 # ---------------------------------------------------------------- networks
 
-def test_layer_shapes_at_the_defaults():
-    gout, dloss = dcgan.make_dcgan_sym(64, 64, 3)
+@pytest.mark.parametrize('nc', [1, 3])
+def test_layer_shapes_at_the_defaults(nc):
+    gout, dloss = dcgan.make_dcgan_sym(64, 64, nc)
     expected_g = {'rand': (100, 1, 1), 'g1': (512, 4, 4), 'gbn1': (512, 4, 4), 'gact1': (512, 4, 4),
-                  'g2': (256, 8, 8), 'gact2': (256, 8, 8), 'g3': (128, 16, 16), 'gact3': (128, 16, 16),
-                  'g4': (64, 32, 32), 'gbn4': (64, 32, 32), 'gact4': (64, 32, 32), 'g5': (3, 64, 64),
-                  'gact5': (3, 64, 64)}
-    expected_d = {'data': (3, 64, 64), 'd1': (64, 32, 32), 'dact1': (64, 32, 32), 'd2': (128, 16, 16),
-                  'dbn2': (128, 16, 16), 'dact2': (128, 16, 16), 'd3': (256, 8, 8), 'dact3': (256, 8, 8),
-                  'd4': (512, 4, 4), 'dbn4': (512, 4, 4), 'dact4': (512, 4, 4), 'd5': (1, 1, 1), 'dloss': (1,)}
+                  'g2': (256, 8, 8), 'gbn2': (256, 8, 8), 'gact2': (256, 8, 8), 'g3': (128, 16, 16),
+                  'gbn3': (128, 16, 16), 'gact3': (128, 16, 16), 'g4': (64, 32, 32), 'gbn4': (64, 32, 32),
+                  'gact4': (64, 32, 32), 'g5': (max(nc, 2), 64, 64), 'gact5': (nc, 64, 64)}
+    expected_d = {'data': (nc, 64, 64), 'd1': (64, 32, 32), 'dact1': (64, 32, 32), 'd2': (128, 16, 16),
+                  'dbn2': (128, 16, 16), 'dact2': (128, 16, 16), 'd3': (256, 8, 8), 'dbn3': (256, 8, 8),
+                  'dact3': (256, 8, 8), 'd4': (512, 4, 4), 'dbn4': (512, 4, 4), 'dact4': (512, 4, 4),
+                  'd5': (1, 1, 1), 'dloss': (1,)}
     for symbol, expected, inputs in ((gout, expected_g, {'rand': (64, 100, 1, 1)}),
-                                     (dloss, expected_d, {'data': (64, 3, 64, 64), 'label': (64,)})):
+                                     (dloss, expected_d, {'data': (64, nc, 64, 64), 'label': (64,)})):
         internals = symbol.get_internals()
         _, shapes, _ = internals.infer_shape(**inputs)
         found = dict(zip(internals.list_outputs(), shapes))
@@ -96,6 +97,7 @@ def test_nothing_waits_between_two_lines(tiny, monkeypatch):
     for name in ('asnumpy', 'wait_to_read'):
         original = getattr(mx.nd.NDArray, name)
         monkeypatch.setattr(mx.nd.NDArray, name, lambda self, f=original: calls.append(0) or f(self))
+    monkeypatch.setattr(mx.nd, 'waitall', lambda f=mx.nd.waitall: calls.append(0) or f())
     step, seen = dcgan.train_step, []
     monkeypatch.setattr(dcgan, 'train_step', lambda *args: seen.append(len(calls)) or step(*args))
     dcgan.train(tiny())
@@ -122,10 +124,7 @@ def test_span():
 
 def test_a_run_as_a_child(child, tmp_path):
     """No display, no network, a home that cannot be written: MNIST falls back to the digits, and all is printed."""
-    home = tmp_path / 'home'
-    home.mkdir()
-    home.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    env = {'HOME': str(home), 'SCIKIT_LEARN_DATA': str(home / 'no' / 'folder'), 'DISPLAY': '', 'WAYLAND_DISPLAY': '',
+    env = {'HOME': '/dev/null', 'SCIKIT_LEARN_DATA': '/dev/null/data', 'DISPLAY': '', 'WAYLAND_DISPLAY': '',
            'http_proxy': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9', 'TMPDIR': str(tmp_path)}
     process = child(env=env, dataset='mnist', epochs=2, display=True, monitor=10)
     out, err = process.communicate(timeout=120)
@@ -189,7 +188,9 @@ def test_a_list_of_devices_can_be_written_into_the_settings():
     (dict(ctx=[mx.cpu(0), mx.cpu(1), mx.cpu(2)]), ['batch_size', '3 devices']),
     (dict(out='/dev/null/out'), ['/dev/null']), (dict(resume='nothing.json'), ['nothing.json']),
     (dict(resume='latest'), ['no whole checkpoint']), (dict(kvstore='dist_sync'), ['DMLC_']),
-    (dict(conditional=True, dataset='imagenet', nc=3), ['conditional']),
+    (dict(conditional=True, dataset='imagenet', nc=3), ['conditional']), (dict(digits=5551234), ['digits', 'quotes']),
+    (dict(resume=True), ['resume', 'quotes']), (dict(out=None), ['out', 'quotes']), (dict(mnist_path=5), ['mnist_path']),
+    (dict(conditional='no'), ['conditional', 'True or False']),
 ], ids=str)
 def test_errors_are_one_line(tiny, capsys, changes, words):
     with pytest.raises(SystemExit) as caught:
@@ -200,6 +201,26 @@ def test_errors_are_one_line(tiny, capsys, changes, words):
     assert 'epoch:' not in capsys.readouterr().out
 
 
+def test_a_gpu_that_the_wheel_has_no_code_for(tiny, monkeypatch):
+    def ones(*args):
+        raise mx.MXNetError('[bt] (0) libmxnet.so\nCUDA: Check failed: e == cudaSuccess: no kernel image is available')
+
+    monkeypatch.setattr(mx.nd, 'ones', ones)
+    with pytest.raises(SystemExit, match=r'^dcgan.py: ctx = cpu\(0\): .*no kernel image.* 5.0 to 8.9 .*mx.cpu\(\)'):
+        dcgan.train(tiny())
+
+
+def test_out_may_be_a_path(tiny, tmp_path):
+    dcgan.train(tiny(out=tmp_path / 'a path'))
+    assert dcgan.find_checkpoint('latest', str(tmp_path / 'a path'))['settings']['out'] == str(tmp_path / 'a path')
+
+
+def test_nothing_to_go_on_from(tiny, capsys):
+    s = tiny(check_point=False)
+    dcgan.train(s)
+    assert capsys.readouterr().out.splitlines()[-1] == f'done: everything is in {s.out}/'
+
+
 def test_no_fallback_no_training(child, tmp_path):
     process = child(dataset='mnist', fallback='', env={'https_proxy': 'http://127.0.0.1:9',
                                                        'SCIKIT_LEARN_DATA': str(tmp_path / 'home')})
@@ -208,7 +229,8 @@ def test_no_fallback_no_training(child, tmp_path):
 
 
 @pytest.mark.parametrize('fake, words', [
-    ("sys.modules['mxnet'] = None", ['mxnet', 'pip install']),
+    ("sys.modules['mxnet'] = None", ['mxnet', 'pip install', 'tests/requirements.txt']),
+    ("sys.modules['joblib'] = None", ['joblib', 'tests/requirements.txt']),
     ("sys.version_info = (3, 13, 0)", ['Python', '3.12']),
     ("import numpy; numpy.__version__ = '2.1.0'", ['NumPy 2.1.0', 'numpy<2']),
     ("import ctypes, importlib.metadata as m; m.version = lambda name: '1'\n"
@@ -218,7 +240,7 @@ def test_no_fallback_no_training(child, tmp_path):
     ("sys.meta_path.insert(0, type('F', (), {'find_spec': staticmethod(lambda name, *a: (_ for _ in ()).throw("
      "ImportError('libGL.so.1: cannot open shared object file')) if name == 'visual' else None)}))",
      ['libGL.so.1', 'opencv-python-headless']),
-], ids=['no mxnet', 'python 3.13', 'numpy 2', 'no driver', 'no libGL'])
+], ids=['no mxnet', 'nothing', 'python 3.13', 'numpy 2', 'no driver', 'no libGL'])
 def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(fake, words):
     done = subprocess.run([sys.executable, '-c', f'import sys\n{fake}\nimport dcgan'], capture_output=True, text=True,
                           cwd=ROOT, timeout=60)
