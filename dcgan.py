@@ -434,7 +434,7 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
                           fentropy_G=mG.get()[1], fentropy_D=mD.get()[1], images_per_second=rate)
                 tic, line_t = time.time(), t  # before the pictures: their time counts
                 show(s, fakes.asnumpy(), diff.asnumpy(), batch.data[0].asnumpy()[:, :s.nc], rbatch.label, batch.label)
-                visual.show('loss', visual.plot({'G': log.losses[0], 'D': log.losses[1]}, every), s.out, s.display)
+                visual.show('loss', visual.plot(*log.curves(num_batches)), s.out, s.display)
                 if visual.quit_pressed():
                     os.kill(os.getpid(), signal.SIGINT)
                 for metric in metrics:
@@ -656,10 +656,14 @@ class Log:
     def note(self, row):
         """Remember what the curves need. Raises ValueError or TypeError where a value is missing."""
         if row.get('fentropy_G'):
-            G, D, seconds = (float(row[name]) for name in ('fentropy_G', 'fentropy_D', 'seconds'))
-            self.losses[0].append(G)
-            self.losses[1].append(D)
-            self.seconds = seconds
+            values = [float(row[name]) for name in ('epoch', 'iteration', 'fentropy_G', 'fentropy_D', 'seconds')]
+            self.seconds = values.pop()
+            self.losses.append(values)
+
+    def curves(self, num_batches):
+        """What `visual.plot` draws: the iterations since the start of the run, and the entropies there."""
+        epoch, iteration, G, D = np.array(self.losses).T
+        return epoch * (num_batches or iteration.max()) + iteration, {'G': G, 'D': D}
 
     def write(self, **row):
         """Append a row; `seconds` counts from the row before. A full disk is said, and does not end the run."""

@@ -73,20 +73,20 @@ def quit_pressed():
     return viewer is not None and viewer.poll() == QUIT
 
 
-def plot(curves, every):
+def plot(iterations, curves):
     """A line chart of losses, 640x480, BGR.
 
     Parameters
     ----------
-    curves : {name: list of floats}, one value every `every` iterations; at most three curves
+    iterations : (n,) where the values were taken, ascending; n is 1 or more
+    curves : {name: (n,) values}; at most three curves
     """
     left, right, top, bottom = 50, 610, 35, 435  # of the axes, in a picture of 640x480
     colours = np.array([(0, 94, 213), (178, 114, 0), (115, 158, 0)])  # told apart by colour-blind eyes too
     picture = np.full((480, 640, 3), 255, np.uint8)
-    values = {name: np.array(curve, float) for name, curve in curves.items()}
-    peaks = [np.percentile(v[np.isfinite(v)], 99) for v in values.values() if np.isfinite(v).any()]
+    peaks = [np.percentile(v[np.isfinite(v)], 99) for v in curves.values() if np.isfinite(v).any()]
     y_limit = 1.1 * max([0.5, *peaks])  # a rare peak is cut off: it would flatten all the rest
-    x_limit = max([every, *(len(v) * every for v in values.values())])
+    x_limit = iterations[-1]
 
     def x_of(iteration):
         return left + iteration / x_limit * (right - left)
@@ -112,8 +112,8 @@ def plot(curves, every):
         text(f'{value:,.10g}', x_of(value), bottom + 18)
     text('iterations', (left + right) / 2, 472)
     for mean in (False, True):  # the values in pale, then on top what they do on average
-        for i, (name, v) in enumerate(values.items()):
-            points = np.stack([x_of(np.arange(1, len(v) + 1) * every), y_of(v)])[:, np.isfinite(v)]
+        for i, (name, v) in enumerate(curves.items()):
+            points = np.stack([x_of(iterations), y_of(v)])[:, np.isfinite(v)]
             n = max(1, len(v) // 50) if mean else 1
             points = [np.convolve(p, np.full(n, 1 / n), 'valid') for p in points if len(p) >= n]
             points = np.int32(np.rint(points)).T.reshape(-1, 1, 2)

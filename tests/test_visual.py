@@ -31,7 +31,7 @@ for line in sys.stdin:
     seed = int(line)
     for i, title in enumerate(('gout', 'diff', 'data')):
         visual.visual(title, np.random.RandomState(seed + i).uniform(-1.2, 1.2, (60, 1, 64, 64)), sys.argv[1])
-    visual.show('loss', visual.plot({'G': [seed, 1], 'D': [1, 2]}, 10), sys.argv[1])
+    visual.show('loss', visual.plot(np.array([10, 20]), {'G': np.array([seed, 1]), 'D': np.array([1, 2])}), sys.argv[1])
     print('round', visual.quit_pressed(), flush=True)
 '''
 
@@ -39,7 +39,7 @@ for line in sys.stdin:
 def pictures(seed):
     """What a run shows at that number."""
     drawn = [visual.tile(np.random.RandomState(seed + i).uniform(-1.2, 1.2, (60, 1, 64, 64))) for i in range(3)]
-    return dict(zip(TITLES, [*drawn, visual.plot({'G': [seed, 1], 'D': [1, 2]}, 10)]))
+    return dict(zip(TITLES, [*drawn, visual.plot(np.array([10, 20]), {'G': np.array([seed, 1]), 'D': np.array([1, 2])})]))
 
 
 def step(run, seed):
@@ -284,32 +284,45 @@ def where(picture, colour):
     return 40 + (rows[0] + rows[-1]) / 2 if len(rows) else None
 
 
+def plot(every=10, **curves):
+    """`visual.plot` of lists, of a value every so many iterations."""
+    curves = {name: np.array(curve, float) for name, curve in curves.items()}
+    return visual.plot(every * np.arange(1, 1 + max(map(len, curves.values()))), curves)
+
+
 @pytest.mark.parametrize('curve', [
-    [], [2.5], [1, 2], [27.6] * 300, [1e-9] * 300, [0.0], list(np.random.RandomState(0).rand(5000)),
+    [2.5], [1, 2], [27.6] * 300, [1e-9] * 300, [0.0], list(np.random.RandomState(0).rand(5000)),
     [float('nan')], [1, float('nan'), float('inf'), 2]])
 def test_plot_takes_any_curve(curve):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        picture = visual.plot({'G': curve, 'D': []}, 10)
+        picture = plot(G=curve, D=[float('nan')] * len(curve))
     assert picture.shape == (480, 640, 3) and picture.dtype == np.uint8
     assert (where(picture, COLOURS[0]) is not None) == bool(np.isfinite(curve).any())
     assert where(picture, COLOURS[1]) is None
 
 
 def test_plot_is_to_scale():
-    rows = [where(visual.plot({'G': [1] * 99, 'D': [2] * 99, 'X': [4] * 99}, 10), colour) for colour in COLOURS]
+    rows = [where(plot(G=[1] * 99, D=[2] * 99, X=[4] * 99), colour) for colour in COLOURS]
     assert rows[0] > rows[1] > rows[2] and abs((rows[0] - rows[2]) - 3 * (rows[0] - rows[1])) <= 2
-    flat = visual.plot({'G': [1] * 999}, 10)
-    peak = visual.plot({'G': [1] * 500 + [27.6] + [1] * 498}, 10)  # a rare one leaves the rest where it is
+    flat = plot(G=[1] * 999)
+    peak = plot(G=[1] * 500 + [27.6] + [1] * 498)  # a rare one leaves the rest where it is
     np.testing.assert_array_equal(peak[:, :200], flat[:, :200])
     np.testing.assert_array_equal(peak[:35], flat[:35])
 
 
+def test_plot_draws_each_value_at_its_iteration():
+    """An epoch's last iterations may have no line of their own."""
+    wide, even = (visual.plot(np.array(x), {'G': np.array([1., 1, 3, 3])}) for x in ([10, 20, 90, 100], [25, 50, 75, 100]))
+    rise = [np.nonzero((picture == COLOURS[0]).all(axis=2)[100:400].any(axis=0))[0] for picture in (wide, even)]
+    assert (wide != even).any() and rise[0].min() < rise[1].min()
+
+
 def test_plot_labels():
     values = np.array([1, 3, 2])
-    plot = visual.plot({'G': values}, 10)
-    for other, rows, columns in ((visual.plot({'D': values}, 10), slice(0, 35), slice(0, 640)),  # legend
-                                 (visual.plot({'G': values}, 100), slice(437, 480), slice(0, 640)),  # iterations
-                                 (visual.plot({'G': values * 10}, 10), slice(0, 480), slice(0, 48))):  # entropy
-        assert (plot[rows, columns] != other[rows, columns]).any()
-        np.testing.assert_array_equal(plot[40:430, 60:600], other[40:430, 60:600])
+    picture = plot(G=values)
+    for other, rows, columns in ((plot(D=values), slice(0, 35), slice(0, 640)),  # legend
+                                 (plot(100, G=values), slice(437, 480), slice(0, 640)),  # iterations
+                                 (plot(G=values * 10), slice(0, 480), slice(0, 48))):  # entropy
+        assert (picture[rows, columns] != other[rows, columns]).any()
+        np.testing.assert_array_equal(picture[40:430, 60:600], other[40:430, 60:600])
