@@ -509,83 +509,7 @@ class Stop:
         os.close(self.write_end)
 
 
-# ---------------------------------------------------------------- several machines
-
-DEAD = 15  # seconds without a heartbeat after which a process counts as dead
-ALONE = 60  # seconds to wait for the other processes at the start
-
-
-def connect(s):
-    """The dist_sync key-value store, once every process of the cluster is there; None for a single machine."""
-    if 'dist' not in s.kvstore:
-        return None
-    for name in ('DMLC_ROLE', 'DMLC_PS_ROOT_URI', 'DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER'):
-        value = os.environ.get(name, '')
-        if not value or ('PORT' in name or 'NUM' in name) and not value.isdigit():
-            raise ValueError(f"{name}={value!r}: kvstore = 'dist_sync' needs it (README, several machines)")
-    if role not in ('worker', 'server', 'scheduler'):
-        raise ValueError(f'DMLC_ROLE={role!r}: must be worker, server or scheduler')
-    alone = threading.Timer(ALONE, give_up, [f'the cluster is not complete after {ALONE} s: are the scheduler at '
-                            f'{os.environ["DMLC_PS_ROOT_URI"]}:{os.environ["DMLC_PS_ROOT_PORT"]}, '
-                            f'{os.environ["DMLC_NUM_SERVER"]} server(s) and {os.environ["DMLC_NUM_WORKER"]} '
-                            'worker(s) running, with the same DMLC_ variables?'])
-    alone.daemon = True
-    alone.start()
-    kv = mx.kv.create('dist_sync')  # a worker waits here for all the others
-    kv.closing = threading.Event()
-    kv.watcher = threading.Thread(target=watch, args=(kv, alone), daemon=True)
-    kv.watcher.start()
-    if role == 'worker':
-        kv.init('vote', mx.nd.zeros(2))
-    else:
-        from mxnet.kvstore.kvstore_server import KVStoreServer
-        KVStoreServer(kv).run()  # until the workers are done
-        sys.exit()
-    return kv
-
-
-def disconnect(kv):
-    """Leave the cluster together with the other workers; MXNet aborts where it is left to Python's own end."""
-    kv._barrier()  # the first worker may still be counting digits, or saving
-    kv.closing.set()
-    kv.watcher.join()
-    late = threading.Timer(ALONE, give_up, [f'the other workers have not ended within {ALONE} s'])
-    late.start()
-    mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
-    kv.handle = mx.base.KVStoreHandle()
-    late.cancel()
-
-
-def watch(kv, alone):
-    """End this process when another one dies: the scheduler hears every heartbeat, the others the scheduler's."""
-    dead = ctypes.c_int()
-    while not dead.value:
-        if kv.closing.wait(2):
-            return
-        with contextlib.suppress(mx.MXNetError):  # ps-lite has no rank to tell before the cluster is complete
-            kv.rank
-            alone.cancel()
-            mx.base._LIB.MXKVStoreGetNumDeadNode(kv.handle, 7, ctypes.byref(dead), DEAD)
-    give_up(f'a process of the cluster has died (no heartbeat for {DEAD} s); start all again, resume = \'latest\'')
-
-
-def give_up(message):
-    """End this process now: MXNet's own end would wait for the others."""
-    print(f'dcgan.py: {message}', file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def vote(kv, *flags):
-    """The sum of each flag over the workers, known to all of them."""
-    if not kv:
-        return flags
-    kv.push('vote', mx.nd.array(flags))
-    total = mx.nd.zeros(len(flags))
-    kv.pull('vote', out=total)
-    return total.asnumpy().astype(int)
-
-
-# ---------------------------------------------------------------- the log
+# ---------------------------------------------------------------- the log, and checkpoints
 
 SCRATCH = '.saving-'  # how the names of temporary folders in `out` begin
 
@@ -982,6 +906,87 @@ def make_samples(s):
     print(f'{s.sample} images of {checkpoint["path"]}: {s.out}/sample.png, one by one in {folder}/; {s.out}/walk.png')
 
 
+# ---------------------------------------------------------------- several machines
+
+DEAD = 15  # seconds without a heartbeat after which a process counts as dead
+ALONE = 60  # seconds to wait for the other processes at the start
+
+
+def connect(s):
+    """The dist_sync key-value store, once every process of the cluster is there; None for a single machine."""
+    if 'dist' not in s.kvstore:
+        if role:
+            raise ValueError(f"kvstore = {s.kvstore!r}, but DMLC_ROLE={role} is set: kvstore must be 'dist_sync', or "
+                             'the variable unset')
+        return None
+    for name in ('DMLC_ROLE', 'DMLC_PS_ROOT_URI', 'DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER'):
+        value = os.environ.get(name, '')
+        if not value or ('PORT' in name or 'NUM' in name) and not value.isdigit():
+            raise ValueError(f"{name}={value!r}: kvstore = 'dist_sync' needs it (README, several machines)")
+    if role not in ('worker', 'server', 'scheduler'):
+        raise ValueError(f'DMLC_ROLE={role!r}: must be worker, server or scheduler')
+    alone = threading.Timer(ALONE, give_up, [f'the cluster is not complete after {ALONE} s: are the scheduler at '
+                            f'{os.environ["DMLC_PS_ROOT_URI"]}:{os.environ["DMLC_PS_ROOT_PORT"]}, '
+                            f'{os.environ["DMLC_NUM_SERVER"]} server(s) and {os.environ["DMLC_NUM_WORKER"]} '
+                            'worker(s) running, with the same DMLC_ variables?'])
+    alone.daemon = True
+    alone.start()
+    kv = mx.kv.create('dist_sync')  # a worker waits here for all the others
+    kv.closing = threading.Event()
+    kv.watcher = threading.Thread(target=watch, args=(kv, alone), daemon=True)
+    kv.watcher.start()
+    if role == 'worker':
+        alone.cancel()
+        kv.init('vote', mx.nd.zeros(2))
+    else:
+        from mxnet.kvstore.kvstore_server import KVStoreServer
+        KVStoreServer(kv).run()  # until the workers are done
+        sys.exit()
+    return kv
+
+
+def disconnect(kv):
+    """Leave the cluster together with the other workers; MXNet aborts where it is left to Python's own end."""
+    kv._barrier()  # the first worker may still be counting digits, or saving
+    kv.closing.set()
+    kv.watcher.join()
+    late = threading.Timer(ALONE, give_up, [f'the other workers have not ended within {ALONE} s'])
+    late.start()
+    mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
+    kv.handle = mx.base.KVStoreHandle()
+    late.cancel()
+
+
+def watch(kv, alone):
+    """End this process when another one dies: the scheduler hears every heartbeat, the others the scheduler's."""
+    dead = ctypes.c_int()
+    while not dead.value:
+        if kv.closing.wait(2):
+            return
+        with contextlib.suppress(mx.MXNetError):  # ps-lite has no rank to tell before the cluster is complete
+            kv.rank
+            alone.cancel()
+            mx.base._LIB.MXKVStoreGetNumDeadNode(kv.handle, 7, ctypes.byref(dead), DEAD)
+    give_up(f'a process of the cluster has died (no heartbeat for {DEAD} s); start all again, resume = \'latest\'')
+
+
+def give_up(message):
+    """End this process now: MXNet's own end would wait for the others."""
+    print(f'dcgan.py: {message}', file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def vote(kv, *flags):
+    """The sum of each flag over the workers, known to all of them. Waits for the network, not for a device: the
+    steps that are queued go on meanwhile."""
+    if not kv:
+        return flags
+    kv.push('vote', mx.nd.array(flags))
+    total = mx.nd.zeros(len(flags))
+    kv.pull('vote', out=total)
+    return total.asnumpy().astype(int)
+
+
 # ---------------------------------------------------------------- main
 
 def load_data(s, rank=0, workers=1):
@@ -994,7 +999,7 @@ def load_data(s, rank=0, workers=1):
         try:
             X, _, y, _ = data.get_mnist(s.mnist_path, labels=True)
         except OSError as error:
-            if s.mnist_path or not s.fallback:
+            if s.mnist_path or not s.fallback or workers > 1:  # several may not each decide on other data
                 raise
             print(f"WARNING: {error}. Training on scikit-learn's 8x8 digits instead")
             name = 'digits'
