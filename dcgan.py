@@ -365,7 +365,8 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
     Parameters
     ----------
     modules : what `make_modules` returns
-    start : (epoch, iteration) to begin after
+    start : what `restore` returns, or (0, 0, ()): the epoch to begin in, its iterations that are done, and each
+        metric's sum and count since the last line
     kv : the key-value store, where several machines train, or None
     log : `Log`, where this process is the one that prints, shows and saves, or None
     coverage : `Coverage`, or None
@@ -395,20 +396,24 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
                                  f'checkpoint: {log and log.saved}; try a smaller lr')
         answers.clear()
 
-    for epoch in range(start[0], s.epochs):
+    first, resumed, sums = start
+    for epoch in range(first, s.epochs):
         # the workers of a cluster draw from streams of their own
         mx.random.seed(s.seed + 1 + epoch + 1_000_003 * rank)
         train_iter.reset()
-        t = start[1] if epoch == start[0] else 0
-        for _ in range(t):  # resumed within the epoch: the same draws, the same place in the data
-            train_iter.iter_next()
+        t = 0
+        while t < resumed and train_iter.iter_next():  # within the epoch: the same draws, the same place in the data
             rand_iter.next()
-        answers, every, tic, line_t = [], min(10, num_batches or 10), time.time(), t
+            t += 1
         for metric in metrics:
             metric.reset()
+        for metric, (sum_metric, num_inst) in zip(metrics, sums):
+            metric.sum_metric, metric.num_inst = sum_metric, num_inst
+        answers, done, every, tic, line_t = [], False, min(10, num_batches or 10), time.time(), t
         while True:
             batch = next(train_iter, None)
-            finished, stopping = vote(kv, batch is None, stop.signum)
+            done = done or batch is None
+            finished, stopping = vote(kv, done, stop.signum)
             if stopping or finished == workers:
                 break
             if batch is None:  # this worker's share is done, another's is not
@@ -426,10 +431,11 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
                 update_metrics()
                 seconds = (time.time() - tic) / (t - line_t)
                 rate = s.batch_size * workers / seconds
-                left = num_batches and (num_batches - t) * seconds
-                total = num_batches and left + (s.epochs - 1 - epoch) * num_batches * seconds
+                epoch_left = num_batches and (num_batches - t) * seconds
+                run_left = num_batches and epoch_left + (s.epochs - 1 - epoch) * num_batches * seconds
                 named = ' '.join(f"('{name}', {value:.2f})" for name, value in (mACC.get(), mG.get(), mD.get()))
-                print(f'epoch: {epoch} iter: {t} metric: {named} {rate:.0f}/s {span(left)} {span(total)}')
+                print(f'epoch: {epoch} iter: {t} metric: {named} {rate:.0f}/s '
+                      f'{span(epoch_left)} {span(run_left)}')
                 log.write(epoch=epoch, iteration=t, seconds=time.time() - tic, facc=mACC.get()[1],
                           fentropy_G=mG.get()[1], fentropy_D=mD.get()[1], images_per_second=rate)
                 tic, line_t = time.time(), t  # before the pictures: their time counts
@@ -445,9 +451,11 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
             if log:
                 finish_epoch(s, modules[0], log, coverage, epoch, t)
         if log and s.check_point:
-            save(s, modules, log, epoch, t, complete=not stopping)
+            sums = [(metric.sum_metric, metric.num_inst) for metric in metrics]
+            save(s, modules, log, epoch, t, sums, complete=not stopping)
         if stopping:
             return epoch, t
+        resumed, sums = 0, ()
     return None
 
 
@@ -540,16 +548,16 @@ class Log:
     FIELDS = ['epoch', 'iteration', 'seconds', 'facc', 'fentropy_G', 'fentropy_D', 'images_per_second',
               *(f'share_{digit}' for digit in range(10)), 'digits', 'confidence', 'kl', 'asked', 'asked_worst']
 
-    def __init__(self, out, dataset, checkpoint=None):
-        self.out, self.dataset, self.saved = out, dataset, checkpoint and checkpoint['path']
-        self.losses, self.seconds = ([], []), 0
+    def __init__(self, out, dataset, checkpoint=None, workers=1):
+        self.out, self.dataset, self.workers, self.saved = out, dataset, workers, checkpoint and checkpoint['path']
+        self.losses, self.seconds = [], 0
         self.stamp = self.pick_stamp(checkpoint)
         path = self.path(self.stamp)
         self.file = open(path + '.tmp', 'w', newline='')
         self.writer = csv.DictWriter(self.file, self.FIELDS, extrasaction='ignore')
         self.writer.writeheader()
         for row in self.read(checkpoint) if checkpoint else ():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a row that a full disk has cut
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # not all that is in the file need be ours
                 if (int(row['epoch']), int(row['iteration'])) <= (checkpoint['epoch'], checkpoint['iteration']):
                     self.note(row)
                     self.writer.writerow(row)
@@ -560,11 +568,12 @@ class Log:
         return os.path.join(self.out, f'{self.dataset}_{stamp}.csv')
 
     def pick_stamp(self, checkpoint):
-        home = checkpoint and (os.path.dirname(checkpoint['path']) or '.')
-        if checkpoint and os.path.samefile(home, self.out) and not any(
-                other['stamp'] == checkpoint['stamp'] and position(other) > position(checkpoint)
-                for other in checkpoints(home)):
-            return checkpoint['stamp']
+        if checkpoint:
+            home = os.path.dirname(checkpoint['path']) or '.'
+            newest = next(other for other in [*checkpoints(home), checkpoint]
+                          if (other['dataset'], other['stamp']) == (self.dataset, checkpoint['stamp']))
+            if os.path.samefile(home, self.out) and newest['saved'] == checkpoint['saved']:
+                return checkpoint['stamp']
         stamp = time.strftime('%Y_%m_%d-%H_%M')
         return next(name for name in [stamp, *(f'{stamp}_{n}' for n in range(2, 1000))]
                     if not os.path.exists(self.path(name)))
@@ -574,7 +583,7 @@ class Log:
         path = os.path.join(os.path.dirname(checkpoint['path']), os.path.basename(self.path(checkpoint['stamp'])))
         with contextlib.suppress(FileNotFoundError):
             with open(path, newline='') as file:
-                return list(csv.DictReader(file))
+                return [row for row in csv.DictReader(file) if None not in row.values()]  # a full disk cuts rows
         return []
 
     def note(self, row):
@@ -600,8 +609,10 @@ class Log:
         except OSError as error:
             print(f'WARNING: the .csv cannot be written: {error}; the run goes on')
 
+    def close(self):
+        with contextlib.suppress(OSError):  # said by `write`
+            self.file.close()
 
-# ---------------------------------------------------------------- checkpoints
 
 def params(mod):
     """{name: each device's copy} of a network's parameters and the first device's moving averages, named as MXNet's
@@ -623,7 +634,7 @@ def optimizer_state(net, mod):
     return arrays
 
 
-def save(s, modules, log, epoch, iteration, complete):
+def save(s, modules, log, epoch, iteration, sums, complete):
     """Save the run as it is after `iteration` of `epoch`: whole, or not at all.
 
     Every file is written to a temporary folder, read back, flushed to disk and then renamed; the manifest, which has
@@ -643,8 +654,9 @@ def save(s, modules, log, epoch, iteration, complete):
         files[f'{log.dataset}_{net}_{tag}-{epoch:04d}.params'] = functools.partial(mx.nd.save, data=arrays)
         state.update({name: copies[0] for name, copies in optimizer_state(net, mod).items()})
     files[f'{log.dataset}_{tag}-{epoch:04d}.states'] = functools.partial(mx.nd.save, data=state)
-    manifest = {'dataset': log.dataset, 'stamp': log.stamp, 'epoch': epoch, 'iteration': iteration,
-                'complete': complete, 'saved': time.time(), 'settings': vars(s), 'files': {},
+    saved = max([time.time(), *(other['saved'] + 0.001 for other in checkpoints(log.out))])  # clocks may be set back
+    manifest = {'dataset': log.dataset, 'stamp': log.stamp, 'epoch': epoch, 'iteration': iteration, 'metrics': sums,
+                'complete': complete, 'saved': saved, 'settings': vars(s), 'workers': log.workers, 'files': {},
                 'versions': {'mxnet': mx.__version__, 'numpy': np.__version__, 'python': platform.python_version()}}
 
     def write_manifest(path):
@@ -687,18 +699,14 @@ def sha256(path):
 
 def prune(log):
     """Keep the optimiser's state of this run's newest two checkpoints only, and none from within a finished epoch."""
-    mine = sorted((manifest for manifest in checkpoints(log.out) if (manifest['dataset'], manifest['stamp'])
-                   == (log.dataset, log.stamp)), key=position)
-    newest = [manifest for manifest in mine if manifest['complete'] or not mine[-1]['complete']][-2:]
+    mine = [manifest for manifest in checkpoints(log.out)
+            if (manifest['dataset'], manifest['stamp']) == (log.dataset, log.stamp)]
+    newest = [manifest for manifest in mine if manifest['complete'] or not mine[0]['complete']][:2]
     for manifest in mine:
         for name in [os.path.basename(manifest['path']), *manifest['files']]:
             if manifest not in newest and (name.endswith('.states') or not manifest['complete']):
                 with contextlib.suppress(OSError):  # it may stay
                     os.remove(os.path.join(log.out, name))
-
-
-def position(manifest):
-    return manifest['epoch'], manifest['complete'], manifest['iteration']
 
 
 def read_manifest(path):
@@ -708,15 +716,18 @@ def read_manifest(path):
             raise ValueError('too large')
         with open(path, 'rb') as file:
             manifest = json.load(file)
-        kinds = {'dataset': str, 'stamp': str, 'epoch': int, 'iteration': int, 'complete': bool, 'saved': float,
-                 'settings': dict, 'files': dict}
+        kinds = {'dataset': str, 'stamp': str, 'epoch': int, 'iteration': int, 'metrics': list, 'complete': bool,
+                 'saved': float, 'settings': dict, 'workers': int, 'files': dict}
         for key, kind in kinds.items():
             if type(manifest[key]) is not kind:
                 raise ValueError(f'{key} is wrong')
         names = [manifest['dataset'], manifest['stamp'], *manifest['files']]
-        if any(os.path.basename(name) != name for name in names) or min(manifest['epoch'], manifest['iteration']) < 0:
-            raise ValueError('names or numbers are wrong')
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if not all(name.isprintable() and os.path.basename(name) == name for name in names):
+            raise ValueError('a name is wrong')
+        if min(manifest['epoch'], manifest['iteration']) < 0 or not math.isfinite(manifest['saved']):
+            raise ValueError('a number is wrong')
+        manifest['metrics'] = [(float(total), float(count)) for total, count in manifest['metrics']]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{path}: no manifest of a checkpoint ({last_line(error)})') from None
     return {**manifest, 'path': path}
 
@@ -767,14 +778,16 @@ def whole(manifest, kinds):
     return manifest
 
 
-def fits(s, dataset, checkpoint):
+def fits(s, dataset, checkpoint, workers=1):
     """Raise ValueError where a checkpoint is of other networks or data; say where it is of another run."""
-    for name in ('ngf', 'ndf', 'nc', 'Z', 'conditional', 'batch_size', 'lr', 'beta1', 'seed'):
-        was, now = checkpoint['settings'].get(name), getattr(s, name)
-        if was != now and name in ('ngf', 'ndf', 'nc', 'Z', 'conditional'):
-            raise ValueError(f'{checkpoint["path"]}: made with {name} = {was}, the settings say {now}')
-        if was != now and not s.sample:
-            print(f'WARNING: {name} was {was} and is {now}: the run goes on, but is not the same run')
+    was, now = {**checkpoint['settings'], 'workers': checkpoint['workers']}, {**vars(s), 'workers': workers}
+    for name in ('ngf', 'ndf', 'nc', 'Z', 'conditional'):
+        if was.get(name) != now[name]:
+            raise ValueError(f'{checkpoint["path"]}: made with {name} = {was.get(name)!r}, the settings say '
+                             f'{now[name]}')
+    for name in ('batch_size', 'lr', 'beta1', 'seed', 'workers') if not s.sample else ():
+        if was.get(name) != now[name]:
+            print(f'WARNING: {name} was {was.get(name)!r} and is {now[name]}: the run goes on, but is not the same run')
     if dataset not in ('', checkpoint['dataset']):
         raise ValueError(f'{checkpoint["path"]}: trained on {checkpoint["dataset"]}, the data is {dataset}')
 
@@ -827,7 +840,7 @@ def load_into(path, targets):
 
 
 def restore(modules, checkpoint):
-    """Put modules into the state that a checkpoint holds; returns the (epoch, iteration) to begin after."""
+    """Put modules into the state that a checkpoint holds; returns where `train_loop` is to start."""
     state = {}
     for net, mod in zip('GD', modules):
         load_into(checkpoint[f'_{net}_'], params(mod))
@@ -836,7 +849,9 @@ def restore(modules, checkpoint):
     for net, mod in zip('GD', modules):
         # from here on Adam's bias correction counts
         mod._optimizer.begin_num_update = mod._optimizer.num_update = int(state[f'{net}.count'][0].asscalar())
-    return (checkpoint['epoch'] + 1, 0) if checkpoint['complete'] else (checkpoint['epoch'], checkpoint['iteration'])
+    if checkpoint['complete']:
+        return checkpoint['epoch'] + 1, 0, ()
+    return checkpoint['epoch'], checkpoint['iteration'], checkpoint['metrics']
 
 
 # ---------------------------------------------------------------- sampling
@@ -1035,14 +1050,13 @@ def run(s, stop):
         checkpoint = find_checkpoint(s.resume, s.out) if s.resume else None
         dataset, train_iter, real = load_data(s, rank, workers)
         if checkpoint:
-            fits(s, dataset, checkpoint)
+            fits(s, dataset, checkpoint, workers)
         rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], s.conditional)
         modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data, kv)
-        start = restore(modules, checkpoint) if checkpoint else (0, 0)
+        start = restore(modules, checkpoint) if checkpoint else (0, 0, ())
         log = coverage = None
         if head:
-            log = Log(s.out, dataset, checkpoint)
-            stack.enter_context(log.file)
+            log = stack.enter_context(contextlib.closing(Log(s.out, dataset, checkpoint, workers)))
             coverage = Coverage(*real) if s.coverage and real else None
             print_networks(s, modules)
             print(f'data: {dataset}; run: {log.path(log.stamp)}')
