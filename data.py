@@ -150,7 +150,7 @@ def _from_openml():
     try:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=home) as scratch:
             warnings.simplefilter('ignore')
-            warnings.filterwarnings('error', '.*(Retrying|redownloading)')  # its word before it waits 30 s again
+            warnings.filterwarnings('error', '.*(Retrying|redownloading)')  # what it warns of would take another 30 s
             bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', data_home=scratch)
         X, y = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
     except Exception as error:  # network, HTTP, checksum, ARFF: whatever it was, there is no MNIST
@@ -288,7 +288,7 @@ class ImagenetIter(mx.io.DataIter):
                 min_crop_size=192, max_crop_size=256, rand_mirror=True, mean_r=127.5, mean_g=127.5, mean_b=127.5,
                 scale=1 / 127.5, preprocess_threads=int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count()),
                 num_parts=num_parts, part_index=part_index, verbose=False)
-        except StopIteration:  # it reads the first batch; its shares are cut by bytes
+        except StopIteration:  # MXNet has read the first batch; it cuts the file by bytes, not by images
             raise ValueError(f'{path}: share {part_index} of {num_parts} has no image; use fewer workers') from None
         self.provide_data = [mx.io.DataDesc('data', (batch_size,) + tuple(data_shape), np.float32)]
         self.provide_label = []

@@ -26,6 +26,7 @@ import platform
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -69,8 +70,10 @@ except (ImportError, OSError) as error:
         'libcuda.so.1': 'no NVIDIA driver; install it, or MXNet for the CPU: pip install -r tests/requirements.txt',
         'libGL.so.1': "OpenCV's windows need it: apt-get install libgl1, or pip install opencv-python-headless",
         'libgthread': 'OpenCV needs it: apt-get install libglib2.0-0',
+        'libglib': 'OpenCV needs it: apt-get install libglib2.0-0',
         'libgomp': 'MXNet needs it: apt-get install libgomp1',
-        '.so': 'pip install -r requirements.txt brings the CUDA libraries along',
+        'libcu': 'pip install -r requirements.txt brings the CUDA libraries along',
+        'libn': 'pip install -r requirements.txt brings the CUDA libraries along',
     }.items() if symptom in str(error)),
         'pip install -r requirements.txt (NVIDIA GPU) or tests/requirements.txt (any other machine)')
     sys.exit(f'dcgan.py: {error}: {cure}')
@@ -126,7 +129,7 @@ class Settings:
     # output
     out: str = 'out'               # folder for pictures, checkpoints and the .csv
     check_point: bool = True       # save after every epoch, and when stopped
-    resume: str = ''               # 'latest', or a checkpoint's .json: go on; with imagenet not to the last bit
+    resume: str = ''               # go on from 'latest', a folder or a .json; with imagenet not to the last bit
     sample: int = 0                # with resume: make that many images and stop
     digits: str = '0123456789'     # with conditional: the digits that sample makes
     coverage: bool = True          # after every epoch, count the digits among 1,000 images (not for imagenet)
@@ -145,14 +148,16 @@ def check(s):
         value, least = getattr(s, name), int(name not in ('seed', 'sample', 'monitor'))
         if type(value) is not int or not least <= value < 2 ** 30:
             raise ValueError(f'{name} = {value!r}: must be a whole number, {least} or more')
+    if s.sample > 100_000:
+        raise ValueError(f'sample = {s.sample}: at most 100000 at a time; another seed makes others')
     for name, values in {'dataset': ('mnist', 'digits', 'imagenet'), 'fallback': ('digits', ''), 'nc': (1, 3),
                          'kvstore': ('device', 'local', 'dist_sync')}.items():
         if getattr(s, name) not in values:
             raise ValueError(f'{name} = {getattr(s, name)!r}: must be one of {", ".join(map(repr, values))}')
-    for name, top in {'lr': math.inf, 'beta1': 1}.items():
+    for name, top, right in ('lr', math.inf, '0 or more'), ('beta1', 1, '0 or more, below 1'):
         value = getattr(s, name)
         if type(value) not in (int, float) or not 0 <= value < top:
-            raise ValueError(f'{name} = {value!r}: must be a number from 0 to below {top}')
+            raise ValueError(f'{name} = {value!r}: must be a number, {right}')
     if s.dataset == 'imagenet' and s.nc != 3:
         raise ValueError('nc = 1: photos have three channels; set nc = 3')
     if s.dataset == 'imagenet' and s.conditional:
@@ -306,7 +311,8 @@ def make_modules(s, data_shapes, rand_shapes, kv=None):
     for mod in (modG, modD):
         mod.init_params(mx.init.Normal(0.02))
         mod.init_optimizer(kv or s.kvstore, 'adam', {'learning_rate': s.lr, 'beta1': s.beta1, 'wd': 0.})
-        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # now: a checkpoint wants them
+        # MXNet makes Adam's state at the first update; a checkpoint needs it before
+        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):
             mod._updater.states[i] = mod._optimizer.create_state(i, weight)
             mod._updater.states_synced[i] = True
     if s.monitor:  # it would print the gradients that the twins skip, uninitialised: D does all of the work
@@ -378,7 +384,7 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
     mACC, mG, mD = metrics = [mx.metric.CustomMetric(f) for f in (facc, fentropy, fentropy)]
     label0, label1 = (f((s.batch_size,), ctx=s.ctx[0]) for f in (mx.nd.zeros, mx.nd.ones))
     num_batches = -(-train_iter.num_data // s.batch_size) if hasattr(train_iter, 'num_data') else None
-    monitor = s.monitor and mx.mon.Monitor(s.monitor, lambda x: mx.nd.norm(x) / math.sqrt(x.size),
+    monitor = log and s.monitor and mx.mon.Monitor(s.monitor, lambda x: mx.nd.norm(x) / math.sqrt(x.size),
                                            pattern='.*output|d1_backward_data', sort=True)
     if monitor:
         logging.basicConfig(format='%(message)s', level=logging.INFO, stream=sys.stdout)
@@ -409,7 +415,7 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
             metric.reset()
         for metric, (sum_metric, num_inst) in zip(metrics, sums):
             metric.sum_metric, metric.num_inst = sum_metric, num_inst
-        answers, done, every, tic, line_t = [], False, min(10, num_batches or 10), time.time(), t
+        answers, done, every, tic, line_t = [], False, min(10, num_batches or 10), time.monotonic(), t
         while True:
             batch = next(train_iter, None)
             done = done or batch is None
@@ -429,16 +435,16 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
                 monitor.toc_print()
             if t % every == 0 and log:
                 update_metrics()
-                seconds = (time.time() - tic) / (t - line_t)
+                seconds = (time.monotonic() - tic) / (t - line_t)
                 rate = s.batch_size * workers / seconds
                 epoch_left = num_batches and (num_batches - t) * seconds
                 run_left = num_batches and epoch_left + (s.epochs - 1 - epoch) * num_batches * seconds
                 named = ' '.join(f"('{name}', {value:.2f})" for name, value in (mACC.get(), mG.get(), mD.get()))
                 print(f'epoch: {epoch} iter: {t} metric: {named} {rate:.0f}/s '
                       f'{span(epoch_left)} {span(run_left)}')
-                log.write(epoch=epoch, iteration=t, seconds=time.time() - tic, facc=mACC.get()[1],
+                log.write(epoch=epoch, iteration=t, seconds=time.monotonic() - tic, facc=mACC.get()[1],
                           fentropy_G=mG.get()[1], fentropy_D=mD.get()[1], images_per_second=rate)
-                tic, line_t = time.time(), t  # before the pictures: their time counts
+                tic, line_t = time.monotonic(), t  # before the pictures: their time counts
                 show(s, fakes.asnumpy(), diff.asnumpy(), batch.data[0].asnumpy()[:, :s.nc], rbatch.label, batch.label)
                 visual.show('loss', visual.plot(*log.curves(num_batches)), s.out, s.display)
                 if visual.quit_pressed():
@@ -446,6 +452,12 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
                 for metric in metrics:
                     metric.reset()
         update_metrics()
+        mx.nd.waitall()  # BatchNorm's moving averages are else read before they are written
+        for mod in modules[:2]:  # the last step may have ruined weights whose loss was fine
+            for name, copies in params(mod).items():
+                if log and not np.isfinite(copies[0].asnumpy()).all():
+                    raise ValueError(f'{name} is not finite after epoch {epoch}, iteration {t}; last good checkpoint: '
+                                     f'{log.saved}; try a smaller lr')
         if not stopping:
             num_batches = t
             if log:
@@ -505,8 +517,9 @@ class Stop:
         with open(read_end, 'rb', buffering=0) as pipe:
             for byte in iter(lambda: pipe.read(1), b''):
                 if byte[0] in self.handlers and not self.signum:
-                    print('stopping after the steps in flight; once more: at once')
                     self.signum, first = byte[0], time.monotonic()
+                    with contextlib.suppress(OSError):  # Ctrl-C also ends what stdout may be piped to
+                        print('stopping after the steps in flight; once more: at once')
                 elif byte[0] in self.handlers and time.monotonic() - first > 0.5:  # `timeout` sends each one twice
                     os._exit(128 + byte[0])
 
@@ -557,7 +570,7 @@ class Log:
         self.writer = csv.DictWriter(self.file, self.FIELDS, extrasaction='ignore')
         self.writer.writeheader()
         for row in self.read(checkpoint) if checkpoint else ():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # not all that is in the file need be ours
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a row that no run wrote so is left out
                 if (int(row['epoch']), int(row['iteration'])) <= (checkpoint['epoch'], checkpoint['iteration']):
                     self.note(row)
                     self.writer.writerow(row)
@@ -579,16 +592,17 @@ class Log:
                     if not os.path.exists(self.path(name)))
 
     def read(self, checkpoint):
-        """The rows of a checkpoint's run; none where its .csv is gone."""
+        """The rows of a checkpoint's run, as far as its .csv can be read."""
         path = os.path.join(os.path.dirname(checkpoint['path']), os.path.basename(self.path(checkpoint['stamp'])))
-        with contextlib.suppress(FileNotFoundError):
-            with open(path, newline='') as file:
-                return [row for row in csv.DictReader(file) if None not in row.values()]  # a full disk cuts rows
-        return []
+        rows = []
+        with contextlib.suppress(OSError, csv.Error):
+            with open(path, newline='', errors='replace') as file:
+                rows.extend(row for row in csv.DictReader(file) if None not in row.values())  # a full disk cuts rows
+        return rows
 
     def note(self, row):
         """Remember what the curves need. Raises ValueError or TypeError where a value is missing."""
-        if row.get('fentropy_G'):
+        if row.get('fentropy_G', '') != '':
             values = [float(row[name]) for name in ('epoch', 'iteration', 'fentropy_G', 'fentropy_D', 'seconds')]
             self.seconds = values.pop()
             self.losses.append(values)
@@ -596,7 +610,7 @@ class Log:
     def curves(self, num_batches):
         """What `visual.plot` draws: the iterations since the start of the run, and the entropies there."""
         epoch, iteration, G, D = np.array(self.losses).T
-        return epoch * (num_batches or iteration.max()) + iteration, {'G': G, 'D': D}
+        return epoch * max(num_batches or 0, iteration.max()) + iteration, {'G': G, 'D': D}
 
     def write(self, **row):
         """Append a row; `seconds` counts from the row before. A full disk is said, and does not end the run."""
@@ -639,17 +653,12 @@ def save(s, modules, log, epoch, iteration, sums, complete):
 
     Every file is written to a temporary folder, read back, flushed to disk and then renamed; the manifest, which has
     the others' hashes, comes last, and without it the rest does not count. Where this fails (a full disk), one line
-    says so and the run goes on. Raises ValueError where a parameter is no finite number: nothing is then overwritten.
+    says so and the next save tries again.
     """
-    mx.nd.waitall()  # BatchNorm's moving averages are else read before they are written
     tag = log.stamp if complete else f'{log.stamp}-iter{iteration}'
     files, state = {}, {}
     for net, mod in zip('GD', modules):
         arrays = {name: copies[0] for name, copies in params(mod).items()}
-        wrong = [name for name, array in arrays.items() if not np.isfinite(array.asnumpy()).all()]
-        if wrong:
-            raise ValueError(f'{net}: {wrong[0]} is not finite after epoch {epoch}, iteration {iteration}; last good '
-                             f'checkpoint: {log.saved}; try a smaller lr')
         files[f'{log.dataset}_{net}_{tag}-symbol.json'] = mod.symbol.save
         files[f'{log.dataset}_{net}_{tag}-{epoch:04d}.params'] = functools.partial(mx.nd.save, data=arrays)
         state.update({name: copies[0] for name, copies in optimizer_state(net, mod).items()})
@@ -677,7 +686,7 @@ def save(s, modules, log, epoch, iteration, sums, complete):
                 os.replace(os.path.join(scratch, name), os.path.join(log.out, name))
         flush(log.out)
     except (OSError, ValueError, mx.MXNetError) as error:
-        print(f'WARNING: checkpoint of epoch {epoch} not saved: {last_line(error)}; the run goes on')
+        print(f'WARNING: checkpoint of epoch {epoch} not saved: {last_line(error)}')
     else:
         log.saved = os.path.join(log.out, name)
         prune(log)
@@ -735,8 +744,8 @@ def read_manifest(path):
 def checkpoints(folder, say=False):
     """The manifests in a folder, newest first; with `say`, also a line for each that is missing or wrong."""
     found, folder = [], glob.escape(folder)
-    paths = set(glob.glob(f'{folder}/*-[0-9][0-9][0-9][0-9].json'))
-    for path in glob.glob(f'{folder}/*_G_*-[0-9][0-9][0-9][0-9].params'):
+    paths = set(glob.glob(f'{folder}/*-[0-9][0-9][0-9][0-9]*.json'))
+    for path in glob.glob(f'{folder}/*_G_*-[0-9][0-9][0-9][0-9]*.params'):
         paths.add('_'.join(path[:-len('.params')].rsplit('_G_', 1)) + '.json')
     for path in paths:
         try:
@@ -1034,7 +1043,10 @@ def print_networks(s, modules):
         mx.viz.print_summary(mod.symbol, shapes)
         if s.plot and shutil.which('dot'):
             picture = mx.viz.plot_network(mod.symbol, shape=shapes, save_format='png')
-            picture.render(os.path.join(s.out, f'net_{net}'), cleanup=True)
+            try:
+                picture.render(os.path.join(s.out, f'net_{net}'), cleanup=True)
+            except subprocess.CalledProcessError as error:
+                print(f'WARNING: no picture of {net}: {error}')
 
 
 def run(s, stop):
@@ -1047,6 +1059,8 @@ def run(s, stop):
             print('settings:', *(f'{name}={value!r}' for name, value in vars(s).items()))
             print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
             stack.enter_context(alone_in(s.out))
+        else:
+            stack.enter_context(contextlib.redirect_stdout(None))
         checkpoint = find_checkpoint(s.resume, s.out) if s.resume else None
         dataset, train_iter, real = load_data(s, rank, workers)
         if checkpoint:

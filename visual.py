@@ -148,7 +148,7 @@ def _start_viewer(out):
 
 
 def _view(out):
-    """What the child does: show the four pictures, and each again when its file changes, until q or alone."""
+    """Show the four pictures, and each again when its file changes, until q is pressed or the training has ended."""
     signal.alarm(20)  # a screen that does not answer by then is none
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # where there is none OpenCV aborts; that is no crash to keep
     parent, shown, opened = os.getppid(), {}, {}
@@ -165,7 +165,7 @@ def _view(out):
                 opened[title] = time.time()
             elif cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) == 0:
                 continue  # closed by a person: it stays away
-            elif version[1] > before[1]:  # moved while it opens a window may stay blank: a second later
+            elif version[1] > before[1]:  # a second later: one moved while it opens may stay blank
                 height, width = picture.shape[:2]  # 1920x1080 holds three mosaics side by side, the curves below them
                 scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
                 height, width = int(height * scale), int(width * scale)

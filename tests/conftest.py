@@ -77,7 +77,7 @@ def stop_after(monkeypatch, steps):
 
 
 def final_params(out):
-    """{file name without stamp: {name: array}} of the newest epoch's parameters in a folder."""
+    """{'G' or 'D': {name: array}} of the newest checkpoint in a folder."""
     manifest = dcgan.checkpoints(str(out))[0]
     return {net: dcgan.load_arrays(dcgan.whole(manifest, [f'_{net}_'])[f'_{net}_']) for net in 'GD'}
 
