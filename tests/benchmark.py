@@ -1,4 +1,4 @@
-"""How fast the program is, and beside what: one command without arguments, about ten minutes, tables on stdout.
+"""How fast the program is, and beside what: one command without arguments, about eight minutes, tables on stdout.
 
     pip install -r tests/benchmark-requirements.txt && python tests/benchmark.py
 
