@@ -69,9 +69,8 @@ except (ImportError, OSError) as error:
     cure = next((cure for symptom, cure in {
         'libcuda.so.1': 'no NVIDIA driver; install it, or MXNet for the CPU: pip install -r tests/requirements.txt',
         'libGL.so.1': "OpenCV's windows need it: apt-get install libgl1, or pip install opencv-python-headless",
-        'libgthread': 'OpenCV needs it: apt-get install libglib2.0-0',
-        'libglib': 'OpenCV needs it: apt-get install libglib2.0-0',
         'libgomp': 'MXNet needs it: apt-get install libgomp1',
+        'libg': 'OpenCV needs it: apt-get install libglib2.0-0',
         'libcu': 'pip install -r requirements.txt brings the CUDA libraries along',
         'libn': 'pip install -r requirements.txt brings the CUDA libraries along',
     }.items() if symptom in str(error)),
@@ -391,6 +390,9 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
         for mod in modules[:2]:
             mod.install_monitor(monitor)
 
+    def diverged(what):
+        return ValueError(f'{what}; last good checkpoint: {log and log.saved}; try a smaller lr')
+
     def update_metrics():
         """Catch up with the answers of the iterations since the last line."""
         for iteration, (fake_answer, real_answer, answer) in answers:
@@ -398,8 +400,7 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
                 metric.update([label0, label1], [fake_answer, real_answer])
             mG.update([label1], [answer])
             if not math.isfinite(mD.get()[1] + mG.get()[1]):
-                raise ValueError(f'the loss is not finite at epoch {epoch}, iteration {iteration}; last good '
-                                 f'checkpoint: {log and log.saved}; try a smaller lr')
+                raise diverged(f'the loss is not finite at epoch {epoch}, iteration {iteration}')
         answers.clear()
 
     first, resumed, sums = start
@@ -452,22 +453,19 @@ def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop
                 for metric in metrics:
                     metric.reset()
         update_metrics()
-        mx.nd.waitall()  # BatchNorm's moving averages are else read before they are written
-        for mod in modules[:2]:  # the last step may have ruined weights whose loss was fine
-            for name, copies in params(mod).items():
-                if log and not np.isfinite(copies[0].asnumpy()).all():
-                    raise ValueError(f'{name} is not finite after epoch {epoch}, iteration {t}; last good checkpoint: '
-                                     f'{log.saved}; try a smaller lr')
-        if not stopping:
-            num_batches = t
-            if log:
+        if log:
+            mx.nd.waitall()  # BatchNorm's moving averages are else read before they are written
+            for name, copies in itertools.chain(*(params(mod).items() for mod in modules[:2])):
+                if not np.isfinite(copies[0].asnumpy()).all():  # ruined by the last step, whose loss was fine
+                    raise diverged(f'{name} is not finite after epoch {epoch}, iteration {t}')
+            if not stopping:
                 finish_epoch(s, modules[0], log, coverage, epoch, t)
-        if log and s.check_point:
-            sums = [(metric.sum_metric, metric.num_inst) for metric in metrics]
-            save(s, modules, log, epoch, t, sums, complete=not stopping)
+            if s.check_point:
+                sums = [(metric.sum_metric, metric.num_inst) for metric in metrics]
+                save(s, modules, log, epoch, t, sums, complete=not stopping)
         if stopping:
             return epoch, t
-        resumed, sums = 0, ()
+        num_batches, resumed, sums = t, 0, ()
     return None
 
 
@@ -583,8 +581,7 @@ class Log:
     def pick_stamp(self, checkpoint):
         if checkpoint:
             home = os.path.dirname(checkpoint['path']) or '.'
-            newest = next(other for other in [*checkpoints(home), checkpoint]
-                          if (other['dataset'], other['stamp']) == (self.dataset, checkpoint['stamp']))
+            newest = next(iter(checkpoints(home, (self.dataset, checkpoint['stamp']))), checkpoint)
             if os.path.samefile(home, self.out) and newest['saved'] == checkpoint['saved']:
                 return checkpoint['stamp']
         stamp = time.strftime('%Y_%m_%d-%H_%M')
@@ -708,8 +705,7 @@ def sha256(path):
 
 def prune(log):
     """Keep the optimiser's state of this run's newest two checkpoints only, and none from within a finished epoch."""
-    mine = [manifest for manifest in checkpoints(log.out)
-            if (manifest['dataset'], manifest['stamp']) == (log.dataset, log.stamp)]
+    mine = checkpoints(log.out, (log.dataset, log.stamp))
     newest = [manifest for manifest in mine if manifest['complete'] or not mine[0]['complete']][:2]
     for manifest in mine:
         for name in [os.path.basename(manifest['path']), *manifest['files']]:
@@ -741,8 +737,9 @@ def read_manifest(path):
     return {**manifest, 'path': path}
 
 
-def checkpoints(folder, say=False):
-    """The manifests in a folder, newest first; with `say`, also a line for each that is missing or wrong."""
+def checkpoints(folder, run=None, say=False):
+    """The manifests in a folder, or of one run (dataset, stamp) there, newest first; with `say`, also a line for each
+    that is missing or wrong."""
     found, folder = [], glob.escape(folder)
     paths = set(glob.glob(f'{folder}/*-[0-9][0-9][0-9][0-9]*.json'))
     for path in glob.glob(f'{folder}/*_G_*-[0-9][0-9][0-9][0-9]*.params'):
@@ -753,6 +750,7 @@ def checkpoints(folder, say=False):
         except (ValueError, OSError) as error:
             if say:
                 print(f'{last_line(error)}: the checkpoint does not count')
+    found = [manifest for manifest in found if run in (None, (manifest['dataset'], manifest['stamp']))]
     return sorted(found, key=lambda manifest: manifest['saved'], reverse=True)
 
 

@@ -13,6 +13,9 @@ sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
 
 import dcgan  # noqa: E402  first of all: it prepares the environment for mxnet
 
+REAL_MNIST = os.path.join(ROOT, '..', 'shared', 'mnist')
+needs_mnist = pytest.mark.skipif(not os.path.isdir(REAL_MNIST), reason='the real MNIST is not here')
+
 TINY = dict(dataset='digits', ngf=4, ndf=4, Z=8, batch_size=100, epochs=1, seed=3, display=False, coverage=False)
 
 

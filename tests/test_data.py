@@ -26,10 +26,7 @@ from sklearn.datasets import _openml, load_digits
 import dcgan  # before mxnet: it prepares the environment
 import data
 import mxnet as mx
-from conftest import stop_after
-
-ROOT = pathlib.Path(dcgan.__file__).resolve().parent
-REAL_MNIST = ROOT.parent / 'shared' / 'mnist'
+from conftest import REAL_MNIST, ROOT, needs_mnist, stop_after
 
 
 def random_images(n, seed=0):
@@ -104,9 +101,9 @@ def test_mnist(tmp_path, dot, gz):
     assert_equal(data.get_mnist(str(tmp_path)), expected[:2])
 
 
-@pytest.mark.skipif(not REAL_MNIST.is_dir(), reason='the real MNIST is not here')
+@needs_mnist
 def test_real_mnist():
-    X_train, X_test, y_train, y_test = data.get_mnist(str(REAL_MNIST), labels=True)
+    X_train, X_test, y_train, y_test = data.get_mnist(REAL_MNIST, labels=True)
     assert X_train.shape == (60000, 1, 64, 64) and X_test.shape == (10000, 1, 64, 64)
     counts = np.bincount(np.concatenate([y_train, y_test]))
     assert counts.tolist() == [6903, 7877, 6990, 7141, 6824, 6313, 6876, 7293, 6825, 6958]

@@ -10,17 +10,15 @@ import pytest
 import dcgan
 import data
 import visual
-from conftest import ROOT
+from conftest import REAL_MNIST, needs_mnist
 
 mx = dcgan.mx
-MNIST = os.path.join(ROOT, '..', 'shared', 'mnist')
 
 
 # ---------------------------------------------------------------- coverage
 
 @pytest.mark.parametrize('source', [
-    data.get_digits, pytest.param(lambda **kw: data.get_mnist(MNIST, **kw), id='mnist', marks=pytest.mark.skipif(
-        not os.path.isdir(MNIST), reason='the real MNIST is not here'))])
+    data.get_digits, pytest.param(lambda **kw: data.get_mnist(REAL_MNIST, **kw), id='mnist', marks=needs_mnist)])
 def test_the_classifier_knows_the_real_digits(source):
     X, held_out, y, expected = source(labels=True)
     found = dcgan.Coverage(X, y).classify(held_out).argmax(axis=1)
