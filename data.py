@@ -1,22 +1,94 @@
-"""Where batches come from: MNIST, scikit-learn's digits, a RecordIO file of photos, and the latent vectors.
+"""What the networks are fed and measured with: MNIST, the digits, photos, latent vectors, and a judge of digits.
 
-Images stay small until they are needed: the whole training set is one uint8 array, 64x64 and one channel, and
-`PixelIter` turns it into float32 in [-1, 1], batch by batch, on the device that trains.
+This module prepares MXNet and is the first to import it. Images stay small until they are needed: the training set
+is one uint8 array, 64x64 with one channel, and `PixelIter` turns it into float32, batch by batch, on the device.
 """
+import ctypes
+import glob
 import gzip
 import mmap
 import os
 import socket
 import struct
+import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 import warnings
 import zlib
 
-import cv2
-import mxnet as mx
-import numpy as np
+# ---------------------------------------------------------------- preparing MXNet, before it is imported
+
+if sys.platform == 'win32' or sys.version_info < (3, 8):  # noqa: UP036  an older one must be told, too
+    sys.exit('dcgan.py: needs Python 3.8 or newer, and on Windows WSL 2, which is Linux: MXNet has no other package')
+PACKAGES = 'pip install --no-deps -r requirements.txt (NVIDIA GPU) or tests/requirements.txt (any other machine)'
+CUDA = ('libcudart.so.11.0', 'libnvrtc.so.11.2', 'libcublasLt.so.11', 'libcublas.so.11', 'libcufft.so.10',
+        'libcurand.so.10', 'libcusolver.so.11', 'libcudnn.so.8', 'libnccl.so.2', 'libnvToolsExt.so.1')
+CURES = {**dict.fromkeys(CUDA, PACKAGES), 'libcuda.so.1': f'there is no NVIDIA driver; install it, or {PACKAGES}',
+         'libgomp.so.1': 'apt-get install libgomp1', 'libquadmath.so.0': 'apt-get install libquadmath0',
+         'libGL.so.1': 'apt-get install libgl1, or pip install opencv-python-headless, which has no windows',
+         'libgthread-2.0.so.0': 'apt-get install libglib2.0-0', 'libglib-2.0.so.0': 'apt-get install libglib2.0-0',
+         'libz.so.1': 'apt-get install zlib1g'}
+ENVIRONMENT = {
+    'MXNET_SUBGRAPH_VERBOSE': '0',    # no line on stderr for each network
+    'PS_HEARTBEAT_INTERVAL': '2',     # seconds; without it a cluster does not notice that a process has died
+    'MXNET_USE_FUSION': '0',          # a driver older than CUDA 11.8's cannot load what fusion compiles
+    'MXNET_CUDNN_LIB_CHECKING': '0',  # no warning that cuDNN is newer than the one of the build
+    'CUDA_MODULE_LOADING': 'LAZY'}    # a kernel is loaded when it is first used: less memory, a faster start
+try:
+    import cv2
+    import joblib
+    import numpy as np
+    true_getattr = np.__getattr__
+
+    def getattr_for_mxnet(name):
+        """Answer MXNet alone for names that it reads at import and NumPy has taken away; it uses only `bool` later."""
+        if sys._getframe(1).f_globals.get('__name__', '').split('.')[0] != 'mxnet' or name[:2] == '__':
+            return true_getattr(name)
+        try:
+            return bool if name == 'bool' else true_getattr(name)
+        except AttributeError:
+            return None
+
+    # MXNet would take half of the physical cores
+    for name, value in {'OMP_NUM_THREADS': str(joblib.cpu_count(only_physical_cores=True)), **ENVIRONMENT}.items():
+        os.environ.setdefault(name, value)
+    # with several devices the optimiser's state stays in this process, so that it can be saved
+    os.environ['MXNET_UPDATE_ON_KVSTORE'] = '0'
+    for path in [path for name in CUDA for folder in sys.path for path in glob.glob(f'{folder}/nvidia/*/lib/{name}')]:
+        ctypes.CDLL(path, ctypes.RTLD_GLOBAL)  # PyPI's packages put CUDA where the loader does not look
+    # in a scheduler or server `import mxnet` would serve and never return; dcgan.connect does that, and watches
+    ROLE = os.environ.pop('DMLC_ROLE', None)
+    with unittest.mock.patch.object(np, '__getattr__', getattr_for_mxnet):
+        import mxnet as mx
+    os.environ.update({'DMLC_ROLE': ROLE} if ROLE else {})
+    GPU_BUILD = mx.runtime.Features().is_enabled('CUDA')
+except (ImportError, OSError) as error:
+    library, missing = str(error).split(':')[0], getattr(error, 'name', None)
+    if library not in CURES and not (isinstance(error, ModuleNotFoundError) and missing in (
+            'cv2', 'distutils', 'graphviz', 'joblib', 'mxnet', 'numpy', 'requests', 'scipy', 'sklearn')):
+        raise
+    sys.exit(f'dcgan.py: {error}: {CURES.get(library, PACKAGES)}')
+
+
+def last_line(error):
+    """What an error says, without MXNet's C++ stack trace."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
+def default_ctx():
+    """GPU 0 where there is a GPU, else the CPU; a GPU build of MXNet that finds no GPU says so."""
+    reason = 'a driver older than CUDA 11.2, CUDA_VISIBLE_DEVICES, or a container without --gpus all'
+    try:
+        if ROLE not in ('scheduler', 'server') and mx.context.num_gpus():  # these two do not compute
+            return mx.gpu(0)
+    except mx.MXNetError as error:
+        reason = last_line(error)
+    if GPU_BUILD and ROLE not in ('scheduler', 'server'):
+        print(f'WARNING: MXNet sees no GPU (usual reasons: {reason}); training on the CPU', flush=True)
+    return mx.cpu()
+
 
 SIZE = 64  # pixels: what the networks in dcgan.py make and take
 CLASSES = 10
@@ -27,22 +99,10 @@ CLASSES = 10
 def get_mnist(path='', labels=False):
     """MNIST in the one order that every run uses: all images, training then test, permuted by RandomState(1234).
 
-    Parameters
-    ----------
-    path : str
-        Folder with the four IDX files, gzip-compressed or not. Empty: OpenML, fetched once and then kept.
-    labels : bool
-        Return the digits as well.
-
-    Returns
-    -------
-    X_train, X_test : uint8 arrays, (60000, 1, 64, 64) and (10000, 1, 64, 64), 0..255
-    y_train, y_test : uint8 arrays, (60000,) and (10000,), 0..9; only with `labels`
-
-    Raises
-    ------
-    ValueError : a file is not what it should be (the message names it)
-    OSError : a file is missing, or OpenML cannot be had
+    `path` is a folder with the four IDX files, gzip-compressed or not; empty: OpenML, fetched once and then kept.
+    Returns `X_train, X_test`, uint8 (60000, 1, 64, 64) and (10000, 1, 64, 64), 0..255; with `labels` also `y_train,
+    y_test`, uint8 (60000,) and (10000,), 0..9.
+    Raises ValueError where a file is not what it should be, OSError where one is missing or OpenML cannot be had.
     """
     if path:
         train, test = (_read_pair(path, part) for part in ('train', 't10k'))
@@ -148,14 +208,11 @@ def _from_openml():
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # scikit-learn sets none: a server that never answers would hold us for ever
     try:
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=home) as scratch:
+        with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            warnings.filterwarnings('error', '.*(Retrying|redownloading)')  # what it warns of would take another 30 s
-            bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', data_home=scratch)
+            bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', cache=False, n_retries=0)
         X, y = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
     except Exception as error:  # network, HTTP, checksum, ARFF: whatever it was, there is no MNIST
-        while isinstance(error, Warning):
-            error = error.__context__  # what it wanted to try again after
         reason = str(error).strip().split('\n')[0] or type(error).__name__
         raise OSError(f'MNIST cannot be had from OpenML ({reason}); set mnist_path to a folder with its IDX files'
                       ) from None
@@ -188,21 +245,10 @@ def one_hot_maps(digits, size):
 class PixelIter(mx.io.NDArrayIter):
     """Batches of float32 images in [-1, 1] out of uint8 pixels; the conversion runs on the training device.
 
-    Every epoch has the same batches in the same order; the last one is filled up from the start (`pad`).
-
-    Parameters
-    ----------
-    X : uint8 array, (n, 1, 64, 64); shared, not copied (NumPy's side of it becomes read-only)
-    y : array of n digits
-    batch_size : int
-    nc : int
-        Channels to repeat the grey one to.
-    ctx : mx.Context
-        Where the batches are wanted. Default: the CPU.
-    conditional : bool
-        Append the ten maps of `one_hot_maps`.
-
-    Yields mx.io.DataBatch with data [(batch, nc (+ 10), 64, 64) float32] and label [(batch,) float32 digits].
+    `X` is uint8 (n, 1, 64, 64), shared, not copied (NumPy's side of it becomes read-only), `y` (n,) its digits; `nc`:
+    channels to repeat the grey one to; `ctx`: where the batches are wanted; `conditional`: append `one_hot_maps`.
+    Yields mx.io.DataBatch with data [(batch, nc (+ 10), 64, 64) float32] and label [(batch,) float32 digits]. Every
+    epoch has the same batches in the same order; the last one is filled up from the start (`pad`).
     """
 
     # 256 numbers hold the whole float pipeline, bit for bit
@@ -261,18 +307,8 @@ class RandIter(mx.io.DataIter):
 class ImagenetIter(mx.io.DataIter):
     """Batches of photos from a RecordIO file (`im2rec.py` makes one): random crop, random mirror, [-1, 1].
 
-    Parameters
-    ----------
-    path : str
-        The .rec file. A shorter side of any size is first resized to 256 pixels.
-    batch_size : int
-    data_shape : tuple
-        (3, height, width)
-    ctx : mx.Context
-        Where the batches are wanted. Default: the CPU.
-    num_parts, part_index : int
-        This worker's share of the file, for several machines.
-
+    `path` is the .rec file: a shorter side of any size is first resized to 256 pixels. `data_shape`: (3, height,
+    width); `ctx`: where the batches are wanted; `num_parts`, `part_index`: this worker's share of the file.
     Yields mx.io.DataBatch with data [(batch_size,) + data_shape float32]; the last batch is filled up from the
     start, and the next epoch begins after these (MXNet's `round_batch`). Raises OSError where there is no such file,
     ValueError where it is no whole RecordIO file of images.
@@ -327,33 +363,113 @@ def _check_rec(path, batch_size):
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         magic, size = struct.pack('<I', 0xced7230a), len(content)
 
-        def record(offset):
+        def read_header(offset):
             """Flag and end of the record, or the part of one, that starts at `offset`."""
             if content[offset:offset + 4] != magic:
                 raise ValueError(f'{path}: not a RecordIO file (at byte {offset}); {redo}')
-            word = int.from_bytes(content[offset + 4:offset + 8], 'little')
-            end = offset + 8 + (word & (1 << 29) - 1) + 3 & ~3
+            flag, length = divmod(int.from_bytes(content[offset + 4:offset + 8], 'little'), 1 << 29)
+            end = offset + 8 + -(-length // 4) * 4
             if end > size:
                 raise ValueError(f'{path}: cut short (at byte {size}); {redo}')
-            return word >> 29, end
+            return flag, end
 
+        flag, end = read_header(0)
+        if flag == 0 and not _is_image(content[8:end]):
+            raise ValueError(f'{path}: its records are not images; {redo}')
         images = offset = 0
         while images < batch_size and offset < size:
-            start, (flag, offset) = offset, record(offset)
+            flag, offset = read_header(offset)
             images += flag in (0, 1)  # the whole of a record or its first part
-            if start == 0 and flag == 0:
-                try:
-                    _, image = mx.recordio.unpack(content[8:offset])
-                    image = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
-                except (struct.error, ValueError, cv2.error):
-                    image = None
-                if image is None:
-                    raise ValueError(f'{path}: its records are not images; {redo}')
         if images < batch_size:
             raise ValueError(f'{path}: has {images} images, fewer than the batch of {batch_size}')
         last = content.rfind(magic)
         while last % 4:
             last = content.rfind(magic, 0, last + 3)
-        flag, end = record(last)
+        flag, end = read_header(last)
         if end != size or flag not in (0, 3):  # the whole of a record or its last part
             raise ValueError(f'{path}: cut short (at byte {size}); {redo}')
+
+
+def _is_image(record):
+    """Whether OpenCV can decode the image in a record."""
+    try:
+        _, image = mx.recordio.unpack(record)
+        return cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) is not None
+    except (struct.error, ValueError, cv2.error):
+        return False
+
+
+# ---------------------------------------------------------------- what a run needs, by its settings
+
+def load_data(s, rank=0, workers=1):
+    """The data that the settings `s` ask for.
+
+    Returns its name, the iterator over this worker's share, and, where the images are digits, all of them with their
+    labels for `Coverage`: (X, y), else None. Raises OSError and ValueError as `get_mnist` and `ImagenetIter` do.
+    """
+    if s.dataset == 'imagenet':
+        return s.dataset, ImagenetIter(s.imgnet_path, s.batch_size, (3, SIZE, SIZE), s.ctx[0], workers, rank), None
+    name = s.dataset
+    if name == 'mnist':
+        try:
+            X, _, y, _ = get_mnist(s.mnist_path, labels=True)
+        except OSError as error:
+            if s.mnist_path or not s.fallback or workers > 1:  # several may not each decide on other data
+                raise
+            print(f"WARNING: {error}. Training on scikit-learn's 8x8 digits instead", flush=True)
+            name = 'digits'
+    if name == 'digits':
+        X, _, y, _ = get_digits(labels=True)
+    share = len(X) // workers
+    if s.batch_size > share:
+        raise ValueError(f'batch_size = {s.batch_size}: larger than the data, {share} images a worker')
+    mine = slice(rank * share, (rank + 1) * share)
+    return name, PixelIter(X[mine], y[mine], s.batch_size, s.nc, s.ctx[0], s.conditional), (X, y)
+
+
+# ---------------------------------------------------------------- which digits the generated images show
+
+class Coverage:
+    """Which digits are among generated images, by a classifier of the real ones, which is fitted at its first use.
+
+    `X` (n, 1, 64, 64) uint8 and `y` (n,) are the real training images and digits.
+    """
+
+    def __init__(self, X, y):
+        self.X, self.y, self.classifier = X, y, None
+
+    @staticmethod
+    def features(X):
+        """(n, nc, 64, 64) in 0..255 -> (n, 256) float32 in [-1, 1]: 16x16 pixels of the first channel."""
+        small = [cv2.resize(x[0], (16, 16), interpolation=cv2.INTER_AREA).ravel() for x in X]
+        return np.stack(small).astype(np.float32) / 127.5 - 1
+
+    def classify(self, X):
+        """(n, nc, 64, 64) in 0..255 -> (n, 10) probabilities."""
+        if self.classifier is None:
+            from sklearn.neural_network import MLPClassifier
+            passes = max(12, 100_000 // len(self.X))
+            self.classifier = MLPClassifier((256,), batch_size=min(128, len(self.X)), max_iter=passes, random_state=0)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # that it could go on learning
+                self.classifier.fit(self.features(self.X), self.y)
+        return self.classifier.predict_proba(self.features(X))
+
+    def count(self, images, asked=None):
+        """Count the digits of images (n, nc, 64, 64) in [-1, 1]; `asked`: the digits that were asked for, (n,).
+
+        Returns {'share_0': ..., 'share_9': ..., 'digits': how many there are (at least 1 %), 'confidence': the
+        classifier's mean, 'kl': Kullback-Leibler divergence from the real shares in nats}, and where digits were asked
+        for, 'asked' and 'asked_worst': the share of these that were made, over all and of the worst digit.
+        """
+        from scipy.stats import entropy
+        probability = self.classify((images + 1) * 127.5)
+        digits = probability.argmax(axis=1)
+        shares = np.bincount(digits, minlength=CLASSES) / len(digits)
+        row = {f'share_{digit}': share for digit, share in enumerate(shares)}
+        row.update(digits=int((shares >= 0.01).sum()), confidence=probability.max(axis=1).mean(),
+                   kl=entropy(shares, np.bincount(self.y, minlength=CLASSES)))
+        if asked is not None:
+            right = digits == asked
+            row.update(asked=right.mean(), asked_worst=min(right[asked == digit].mean() for digit in np.unique(asked)))
+        return row

@@ -1,108 +1,53 @@
 """A DCGAN that learns to draw digits: MXNet's Module API, one file to read from top to bottom.
 
 Edit `Settings` below, run `python dcgan.py`, and watch: `gout` is what the generator G makes, `diff` the gradient
-that teaches it, `data` the real images. One training step is `train_step`, numbered 1 to 8; who stops reading after
+that teaches it, `data` the real images. One training step is `train_step`, numbered 1 to 8; a reader who stops after
 `train_loop` has understood the program.
 
 Goodfellow et al. 2014, "Generative Adversarial Nets" (arXiv 1406.2661), the game and its loss; Radford et al. 2015,
 "Unsupervised Representation Learning with Deep Convolutional GANs" (arXiv 1511.06434), the networks.
 """
+import array
 import contextlib
 import csv
 import ctypes
 import dataclasses
-import fcntl
 import functools
 import glob
-import hashlib
-import importlib.metadata
-import importlib.util
+import io
 import itertools
 import json
 import logging
 import math
 import os
-import platform
+import re
 import shutil
 import signal
-import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import time
+import zlib
 
-# ---------------------------------------------------------------- preparing MXNet: before it is imported
+import data  # before MXNet, which it prepares
 
-if not (3, 8) <= sys.version_info[:2] <= (3, 12):
-    sys.exit(f'dcgan.py: Python {platform.python_version()}: MXNet needs NumPy 1, which Python 3.8 to 3.12 have; '
-             'the README has a line that brings a Python 3.12 along')
-try:
-    import cv2
-    import joblib
-    import numpy as np
-    if int(np.__version__.split('.')[0]) >= 2:
-        sys.exit(f"dcgan.py: NumPy {np.__version__} is too new for MXNet: pip install 'numpy<2'")
-    np.bool = bool  # NumPy 1.24 took this alias away; MXNet reads it once, at import
-    # MXNet assumes hyper-threads and halves the processors it sees
-    os.environ.setdefault('OMP_NUM_THREADS', str(joblib.cpu_count(only_physical_cores=True)))
-    # with several devices the optimiser's state stays in this process, so that it can be saved
-    os.environ['MXNET_UPDATE_ON_KVSTORE'] = '0'
-    os.environ.setdefault('PS_HEARTBEAT_INTERVAL', '2')  # seconds; ps-lite's default is none
-    os.environ.setdefault('MXNET_SUBGRAPH_VERBOSE', '0')  # a line on stderr for each network
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        # mxnet-cu112 asks for CUDA's libraries by name; PyPI's packages put them where the loader does not look
-        importlib.metadata.version('mxnet-cu112')
-        for name in ('cudart.so.11.0', 'nvrtc.so.11.2', 'cublasLt.so.11', 'cublas.so.11', 'cufft.so.10',
-                     'curand.so.10', 'cusolver.so.11', 'cudnn.so.8', 'nccl.so.2', 'nvToolsExt.so.1'):
-            for folder in getattr(importlib.util.find_spec('nvidia'), 'submodule_search_locations', ()):
-                for path in glob.glob(f'{folder}/*/lib/lib{name}'):
-                    ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-    # in a parameter server `import mxnet` would serve and never return: connect() does that, and watches
-    role = os.environ.pop('DMLC_ROLE', None)
-    import mxnet as mx
-    if role:
-        os.environ['DMLC_ROLE'] = role
-    import data
-    import visual
-except (ImportError, OSError) as error:
-    cure = next((cure for symptom, cure in {
-        'libcuda.so.1': 'no NVIDIA driver; install it, or MXNet for the CPU: pip install -r tests/requirements.txt',
-        'libGL.so.1': "OpenCV's windows need it: apt-get install libgl1, or pip install opencv-python-headless",
-        'libgomp': 'MXNet needs it: apt-get install libgomp1',
-        'libg': 'OpenCV needs it: apt-get install libglib2.0-0',
-        'libcu': 'pip install -r requirements.txt brings the CUDA libraries along',
-        'libn': 'pip install -r requirements.txt brings the CUDA libraries along',
-    }.items() if symptom in str(error)),
-        'pip install -r requirements.txt (NVIDIA GPU) or tests/requirements.txt (any other machine)')
-    sys.exit(f'dcgan.py: {error}: {cure}')
+import mxnet as mx
+import numpy as np
 
-
-def default_ctx():
-    """GPU 0 where there is a GPU, else the CPU."""
-    try:
-        return mx.gpu(0) if mx.context.num_gpus() else mx.cpu()
-    except mx.MXNetError as error:
-        print(f'WARNING: the GPU cannot be used ({last_line(error)}); training on the CPU')
-        return mx.cpu()
-
-
-def last_line(error):
-    """What an error says, without MXNet's C++ stack trace."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-
-
-def editable(cls):
-    """A dataclass in which a default may also be a list: `ctx: object = [mx.gpu(0), mx.gpu(1)]`."""
-    for name, value in list(vars(cls).items()):
-        if isinstance(value, list):
-            setattr(cls, name, dataclasses.field(default_factory=value.copy))
-    return dataclasses.dataclass(cls)
-
+import visual
 
 # ---------------------------------------------------------------- settings: edit these
 
-@editable
+
+def allow_lists(cls):
+    """Let a dataclass have lists as defaults, such as `ctx: object = [mx.gpu(0), mx.gpu(1)]`."""
+    for name, value in list(vars(cls).items()):
+        if isinstance(value, list):
+            setattr(cls, name, dataclasses.field(default_factory=value.copy))
+    return cls
+
+
+@dataclasses.dataclass
+@allow_lists
 class Settings:
     # data
     dataset: str = 'mnist'         # 'mnist', 'digits' (8x8, comes with scikit-learn) or 'imagenet' (your own .rec)
@@ -112,74 +57,82 @@ class Settings:
     # networks
     ndf: int = 64                  # filters in D's first layer; doubled three times
     ngf: int = 64                  # filters in G's last but one layer
-    # channels: 1 for grey data, 3 for imagenet. Grey data also trains with 3, but D then knows the fakes by their
-    # colour: grey noise for a thousand iterations, and only four or five of the ten digits after that
-    nc: int = 1
+    nc: int = 1                    # channels: 1 for grey data, 3 for imagenet; grey data can also have 3
     Z: int = 100                   # size of the latent vector
     conditional: bool = False      # tell G which digit to make, and D which it sees
     # optimisation
     batch_size: int = 64           # real images in a step, and as many fakes
-    lr: float = 0.0002             # Adam's; both networks
+    lr: float = 0                  # Adam's; 0: 0.04 / width, at most 0.001 (README, "Healthy or not"); article: 0.0002
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
     epochs: int = 100              # passes over the training images
     seed: int = 1234               # same seed, same run; on the CPU to the last bit
-    ctx: object = default_ctx()    # or mx.cpu(), mx.gpu(1), [mx.gpu(0), mx.gpu(1)]
+    ctx: object = data.default_ctx()  # or mx.cpu(), mx.gpu(1), [mx.gpu(0), mx.gpu(1)]
     kvstore: str = 'device'        # several GPUs: 'device' or 'local'; several machines: 'dist_sync' (README)
     # output
-    out: str = 'out'               # folder for pictures, checkpoints and the .csv
+    out: str = 'out'               # folder for the runs; each has a folder of its own in it
     check_point: bool = True       # save after every epoch, and when stopped
-    resume: str = ''               # go on from 'latest', a folder or a .json; with imagenet not to the last bit
+    resume: str = ''               # go on: 'latest' or a run's folder; begin a new run: a state-....npz
     sample: int = 0                # with resume: make that many images and stop
     digits: str = '0123456789'     # with conditional: the digits that sample makes
     coverage: bool = True          # after every epoch, count the digits among 1,000 images (not for imagenet)
-    display: bool = True           # windows where there is a screen; pictures in `out` in any case
+    display: bool = True           # windows where there is a screen; pictures in the run's folder in any case
     monitor: int = 0               # print the networks' inner statistics every n batches
-    plot: bool = False             # draw the networks to `out`, where graphviz's `dot` is installed
+    plot: bool = False             # draw the networks as pictures, where graphviz's `dot` is installed
 
+
+# ---------------------------------------------------------------- checking them
 
 def check(s):
-    """Raise ValueError for settings that cannot work: before any long work, one line each."""
+    """Raise ValueError for settings that cannot work, before any long work: one line each."""
+    kinds = {str: 'text in quotes', bool: 'True or False', int: 'a whole number', float: 'a number'}
     for field in dataclasses.fields(s):
-        value, right = getattr(s, field.name), {str: 'text in quotes', bool: 'True or False'}.get(field.type)
-        if right and type(value) is not field.type:
-            raise ValueError(f'{field.name} = {value!r}: must be {right}')
-    for name in ('ndf', 'ngf', 'nc', 'Z', 'batch_size', 'epochs', 'seed', 'sample', 'monitor'):
-        value, least = getattr(s, name), int(name not in ('seed', 'sample', 'monitor'))
-        if type(value) is not int or not least <= value < 2 ** 30:
-            raise ValueError(f'{name} = {value!r}: must be a whole number, {least} or more')
-    if s.sample > 100_000:
-        raise ValueError(f'sample = {s.sample}: at most 100000 at a time; another seed makes others')
-    for name, values in {'dataset': ('mnist', 'digits', 'imagenet'), 'fallback': ('digits', ''), 'nc': (1, 3),
-                         'kvstore': ('device', 'local', 'dist_sync')}.items():
-        if getattr(s, name) not in values:
-            raise ValueError(f'{name} = {getattr(s, name)!r}: must be one of {", ".join(map(repr, values))}')
-    for name, top, right in ('lr', math.inf, '0 or more'), ('beta1', 1, '0 or more, below 1'):
-        value = getattr(s, name)
-        if type(value) not in (int, float) or not 0 <= value < top:
-            raise ValueError(f'{name} = {value!r}: must be a number, {right}')
-    if s.dataset == 'imagenet' and s.nc != 3:
-        raise ValueError('nc = 1: photos have three channels; set nc = 3')
-    if s.dataset == 'imagenet' and s.conditional:
-        raise ValueError("conditional = True: photos have no digits; set it to False, or dataset to 'mnist'")
+        value = getattr(s, field.name)
+        types = (float, int) if field.type is float else (field.type,)
+        if field.type in kinds and type(value) not in types:
+            raise ValueError(f'{field.name} = {value!r}: must be {kinds[field.type]}')
     if not s.ctx or not all(isinstance(ctx, mx.Context) for ctx in s.ctx):
         raise ValueError(f'ctx = {s.ctx}: must be mx.cpu(), mx.gpu(0), or a list such as [mx.gpu(0), mx.gpu(1)]')
-    if s.batch_size % len(s.ctx):
-        raise ValueError(f'batch_size = {s.batch_size}: {len(s.ctx)} devices cannot share it equally')
-    if s.sample and not s.resume:
-        raise ValueError("sample needs a checkpoint: set resume to 'latest' or to a checkpoint's .json")
-    if not (s.digits.isdigit() and s.digits.isascii()):
-        raise ValueError(f'digits = {s.digits!r}: must be digits, such as 0123456789')
-    for ctx in s.ctx:  # one operation on each device, for MXNet finds out late and says it at length
+    photos = s.dataset == 'imagenet'
+    for name, right, rule in (
+            *((name, 1 <= vars(s)[name] < 1e9, '1 or more') for name in ('ndf', 'ngf', 'Z', 'batch_size', 'epochs')),
+            *((name, 0 <= vars(s)[name] < 1e9, '0 or more') for name in ('lr', 'beta1', 'seed', 'sample', 'monitor')),
+            ('dataset', s.dataset in ('mnist', 'digits', 'imagenet'), "'mnist', 'digits' or 'imagenet'"),
+            ('fallback', s.fallback in ('digits', ''), "'digits' or ''"),
+            ('nc', s.nc == 3 or s.nc == 1 and not photos, '1 or 3; for photos set nc = 3'),
+            ('conditional', not (s.conditional and photos), 'False for photos, which have no digits'),
+            ('batch_size', s.batch_size % len(s.ctx) == 0, f'a multiple of the {len(s.ctx)} devices'),
+            ('beta1', s.beta1 < 1, 'below 1'),
+            ('kvstore', s.kvstore in ('device', 'local', 'dist_sync'), "'device', 'local' or 'dist_sync'"),
+            ('out', s.out, "the name of a folder, such as 'out'"),
+            ('resume', s.sample or not s.resume.endswith('.params'), "a run or a state; .params are for sample only"),
+            ('sample', s.sample <= 100_000, 'at most 100000 at a time; another seed makes others'),
+            ('sample', s.resume or not s.sample, "0, or resume 'latest', a run's folder or a file in it"),
+            ('digits', s.digits.isdigit() and s.digits.isascii(), 'digits, such as 0123456789')):
+        if not right:
+            raise ValueError(f'{name} = {vars(s)[name]!r}: must be {rule}')
+
+
+def check_devices(s):
+    """Raise ValueError where a device cannot be used: MXNet finds out late and says it at length, or dies of it."""
+    # bytes, about: MXNet itself; the layers' outputs and their gradients; weights, gradients, Adam's moments, a copy
+    needed = (0.7e9 + 8 * s.batch_size / len(s.ctx) * (5760 * s.ngf + 4736 * s.ndf)
+              + 20 * 16 * (8 * s.Z * s.ngf + 42 * s.ngf ** 2 + 42 * s.ndf ** 2))
+    for ctx in s.ctx:
+        problem = None
         try:
-            gpus = mx.context.num_gpus() if ctx.device_type == 'gpu' else math.inf
-            if ctx.device_id >= gpus:
-                raise ValueError(f'ctx = {ctx}: no such GPU ({gpus} found); set ctx to mx.cpu() or another mx.gpu(n)')
-            mx.nd.ones(1, ctx).asnumpy()
+            if ctx.device_type == 'gpu' and ctx.device_id >= mx.context.num_gpus():
+                problem = f'no such GPU ({mx.context.num_gpus()} found)'
+            elif ctx.device_type == 'gpu' and mx.context.gpu_memory_info(ctx.device_id)[0] < needed:
+                free = mx.context.gpu_memory_info(ctx.device_id)[0]
+                problem = f'{free / 1e9:.1f} GB of its memory are free, about {needed / 1e9:.1f} GB are needed'
+            else:
+                mx.nd.ones(1, ctx).asnumpy()
         except mx.MXNetError as error:
-            reason = last_line(error)
-            if 'no kernel image' in reason:
-                reason += '; mxnet-cu112 has code for compute capability 5.0 to 8.9 only, Maxwell to Ada'
-            raise ValueError(f'ctx = {ctx}: {reason}; set ctx = mx.cpu() to train without it') from None
+            problem = data.last_line(error)
+            if 'no kernel image' in problem:
+                problem += '; mxnet-cu112 has code for compute capability 5.0 to 8.9 only, Maxwell to Ada'
+        if problem:
+            raise ValueError(f'ctx = {ctx}: {problem}; set ctx to mx.cpu() or to another GPU')
 
 
 # ---------------------------------------------------------------- the symbols
@@ -219,6 +172,21 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12)
     return gout, dloss
 
 
+def print_network(s, title, mod, folder):
+    """A line a layer: its output's shape, and how many parameters it has, with those of its BatchNorm."""
+    inputs = dict(mod.data_shapes + (mod.label_shapes or []))
+    sizes = {name: copies[0].size for name, copies in zip(mod._param_names, mod._exec_group.param_arrays)}
+    internals = mod.symbol.get_internals()
+    outputs = dict(zip(internals.list_outputs(), internals.infer_shape(**inputs)[1]))
+    print(f'{title}: {sum(sizes.values()):,} parameters')
+    for layer in (f'{title.lower()}{i}' for i in range(1, 6)):
+        own = (f'{layer}_', f'{layer[0]}bn{layer[1]}_')
+        size = sum(size for name, size in sizes.items() if name.startswith(own))
+        print(f'  {layer} {str(outputs[f"{layer}_output"]):20}{size:12,}')
+    if s.plot and folder and shutil.which('dot'):
+        mx.viz.plot_network(mod.symbol, shape=inputs, save_format='png').render(f'{folder}/net_{title}', cleanup=True)
+
+
 # ---------------------------------------------------------------- the metrics
 
 def facc(label, pred):
@@ -232,72 +200,13 @@ def fentropy(label, pred):
     return -(label * np.log(pred + 1e-12) + (1. - label) * np.log(1. - pred + 1e-12)).mean()
 
 
-class Coverage(mx.metric.EvalMetric):
-    """Which digits are among the generated ones, by a classifier of the real ones (fitted at first use).
-
-    `X` (n, 1, 64, 64) uint8 and `y` (n,) are the real training images and digits. `update` takes generated images,
-    (n, nc, 64, 64) in [-1, 1], and as labels the digits asked for, if any. `get` gives the ten digits' shares; how
-    many are there (at least 1 %); the classifier's mean confidence; the Kullback-Leibler divergence of the shares
-    from the real ones, in nats; and of the digits asked for the share that was made, over all and of the worst.
-    """
-
-    def __init__(self, X, y):
-        self.X, self.y, self.classifier = X, y, None
-        super().__init__('coverage')
-
-    @staticmethod
-    def features(X):
-        """(n, nc, 64, 64) in 0..255 -> (n, 256) float32 in [-1, 1]: 16x16 pixels of the first channel."""
-        small = [cv2.resize(x[0], (16, 16), interpolation=cv2.INTER_AREA).ravel() for x in X]
-        return np.stack(small).astype(np.float32) / 127.5 - 1
-
-    def classify(self, X):
-        """(n, nc, 64, 64) in 0..255 -> (n, 10) probabilities."""
-        if self.classifier is None:
-            import warnings
-            from sklearn.neural_network import MLPClassifier
-            passes = max(12, 100_000 // len(self.X))
-            self.classifier = MLPClassifier((256,), batch_size=min(128, len(self.X)), max_iter=passes, random_state=0)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # that it could go on learning
-                self.classifier.fit(self.features(self.X), self.y)
-        return self.classifier.predict_proba(self.features(X))
-
-    def reset(self):
-        self.counts, self.asked, self.made = np.zeros((3, 10))
-        self.confidence = self.num_inst = 0
-
-    def update(self, labels, preds):
-        for i, images in enumerate(preds):
-            probability = self.classify((images + 1) * 127.5)
-            digits = probability.argmax(axis=1)
-            self.num_inst += len(digits)
-            self.counts += np.bincount(digits, minlength=10)
-            self.confidence += probability.max(axis=1).sum()
-            if labels:
-                self.asked += np.bincount(labels[i], minlength=10)
-                self.made += np.bincount(digits[digits == labels[i]], minlength=10)
-
-    def get(self):
-        from scipy.stats import entropy
-        shares = self.counts / self.num_inst
-        values = {f'share_{digit}': share for digit, share in enumerate(shares)}
-        values['digits'] = int((shares >= 0.01).sum())
-        values['confidence'] = self.confidence / self.num_inst
-        values['kl'] = entropy(shares, np.bincount(self.y, minlength=10))
-        if self.asked.any():
-            values['asked'] = self.made.sum() / self.asked.sum()
-            values['asked_worst'] = (self.made / self.asked).min()
-        return list(values), list(values.values())
-
-
 # ---------------------------------------------------------------- the modules
 
 def make_modules(s, data_shapes, rand_shapes, kv=None):
     """G, D, and D's twin that only finds input gradients; bound, initialised, with their optimisers.
 
-    The twin shares D's parameters, moving averages and activations, and skips D's weight gradients: a tenth of the
-    step's work, which the step would throw away.
+    The twin shares D's parameters, moving averages and activations. It skips D's weight gradients, which step 7 would
+    throw away: a tenth of the step's work.
     """
     gout, dloss = make_dcgan_sym(s.ngf, s.ndf, s.nc)
     names = dict(data_names=('data',), label_names=('label',), context=s.ctx)
@@ -310,11 +219,11 @@ def make_modules(s, data_shapes, rand_shapes, kv=None):
     for mod in (modG, modD):
         mod.init_params(mx.init.Normal(0.02))
         mod.init_optimizer(kv or s.kvstore, 'adam', {'learning_rate': s.lr, 'beta1': s.beta1, 'wd': 0.})
-        # MXNet makes Adam's state at the first update; a checkpoint needs it before
+        # MXNet makes Adam's moments at the first update; a run that is resumed needs them before
         for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):
             mod._updater.states[i] = mod._optimizer.create_state(i, weight)
             mod._updater.states_synced[i] = True
-    if s.monitor:  # it would print the gradients that the twins skip, uninitialised: D does all of the work
+    if s.monitor:  # it would print the weight gradients that the twin leaves uninitialised: D takes the twin's place
         return modG, modD, modD
     modDx = mx.mod.Module(dloss, fixed_param_names=modD._param_names, **names)
     modDx.bind(data_shapes, label_shapes, inputs_need_grad=True, shared_module=modD)
@@ -323,552 +232,501 @@ def make_modules(s, data_shapes, rand_shapes, kv=None):
 
 # ---------------------------------------------------------------- one step
 
+def forward_backward(modD, images, label):
+    """D sees images with a label: forward, backward. Returns its answers, (batch, 1)."""
+    modD.forward(mx.io.DataBatch([images], [label]), is_train=True)
+    modD.backward()
+    return modD.get_outputs()[0].copy()  # the next forward overwrites the original
+
+
 def train_step(modG, modD, modDx, rbatch, batch, label0, label1):
     """One update of D and one of G; only queued, nothing here waits for a device.
 
-    Parameters: a latent batch, a real batch, and the labels 0 and 1, (batch,) each.
+    Parameters: the modules, a latent batch, a real batch, and the labels 0 and 1, (batch,) each.
     Returns: the fakes, (batch, nc, 64, 64); `diff`, of the same shape; and D's answers (batch, 1) to the fakes and
     to the reals before its update, and to the fakes after it.
     """
-    def discriminate(mod, images, label):
-        mod.forward(mx.io.DataBatch([images], [label]), is_train=True)
-        mod.backward()
-        return mod.get_outputs()[0].copy()  # the next forward overwrites the original
-
     # 1. G makes a batch of fakes from a latent batch.
     modG.forward(rbatch, is_train=True)
     fakes = modG.get_outputs()[0]
-    nc, shown = fakes.shape[1], fakes
-    if rbatch.label:  # conditional: D is shown which digit each one should be
-        shown = mx.nd.concat(fakes, data.one_hot_maps(rbatch.label[0], fakes.shape[2]), dim=1)
+    fakes_and_digits = fakes
+    if rbatch.label:  # conditional: D also sees which digit each one should be
+        fakes_and_digits = mx.nd.concat(fakes, data.one_hot_maps(rbatch.label[0], fakes.shape[2]), dim=1)
     # 2. The fakes get label 0.  3. D sees them; the gradients are kept, the weights not yet updated.
-    fake_answer = discriminate(modD, shown, label0)
+    answers_to_fakes = forward_backward(modD, fakes_and_digits, label0)
     kept = [[grad.copy() for grad in grads] for grads in modD._exec_group.grad_arrays]
     # 4. The real batch gets label 1; D sees it.
-    real_answer = discriminate(modD, batch.data[0], label1)
+    answers_to_reals = forward_backward(modD, batch.data[0], label1)
     # 5. The fakes' gradients are added to the reals', and D is updated once with the sum.
-    for real_grads, fake_grads in zip(modD._exec_group.grad_arrays, kept):
-        for real_grad, fake_grad in zip(real_grads, fake_grads):  # one a device
-            real_grad += fake_grad
-    modD.update()
+    with mx.engine.bulk(64):  # on a GPU each operator waits for its stream; so they wait together
+        for real_grads, fake_grads in zip(modD._exec_group.grad_arrays, kept):
+            for real_grad, fake_grad in zip(real_grads, fake_grads):  # one a device
+                real_grad += fake_grad
+        modD.update()
     # 6. Now the fakes get label 1: what G wants D to say.  7. The updated D sees them again, down to its input.
-    answer = discriminate(modDx, shown, label1)
+    answers_after_update = forward_backward(modDx, fakes_and_digits, label1)
     diff = modDx.get_input_grads()[0]
     if rbatch.label:
-        diff = diff.slice_axis(axis=1, begin=0, end=nc)
+        diff = diff.slice_axis(axis=1, begin=0, end=fakes.shape[1])
     # 8. That gradient, `diff`, goes backward through G, and G is updated.
     modG.backward([diff])
-    modG.update()
-    return fakes, diff, (fake_answer, real_answer, answer)
+    with mx.engine.bulk(64):
+        modG.update()
+    return fakes, diff, (answers_to_fakes, answers_to_reals, answers_after_update)
 
 
 # ---------------------------------------------------------------- the loop
 
-def train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop):
-    """Train until `s.epochs` are done, or until `stop` says so.
+def train_loop(s, modules, train_iter, rand_iter, run, coverage, kv, stop):
+    """Train until `s.epochs` are done, or until a process of the run is asked to stop.
 
-    Parameters
-    ----------
-    modules : what `make_modules` returns
-    start : what `restore` returns, or (0, 0, ()): the epoch to begin in, its iterations that are done, and each
-        metric's sum and count since the last line
-    kv : the key-value store, where several machines train, or None
-    log : `Log`, where this process is the one that prints, shows and saves, or None
-    coverage : `Coverage`, or None
-    stop : `Stop`
-
-    Returns the (epoch, iteration) after which it was stopped, or None. Raises ValueError where a loss is not finite.
+    Parameters: the settings; what `make_modules` returns; the real batches of an epoch, and latent ones without end;
+    `Run`, which knows where to begin; `data.Coverage` or None; the key-value store of a cluster or None; `Stop`.
+    Raises ValueError where a loss or a parameter is not finite.
     """
-    rank, workers = (kv.rank, kv.num_workers) if kv else (0, 1)
-    mACC, mG, mD = metrics = [mx.metric.CustomMetric(f) for f in (facc, fentropy, fentropy)]
-    label0, label1 = (f((s.batch_size,), ctx=s.ctx[0]) for f in (mx.nd.zeros, mx.nd.ones))
-    num_batches = -(-train_iter.num_data // s.batch_size) if hasattr(train_iter, 'num_data') else None
-    monitor = log and s.monitor and mx.mon.Monitor(s.monitor, lambda x: mx.nd.norm(x) / math.sqrt(x.size),
-                                           pattern='.*output|d1_backward_data', sort=True)
-    if monitor:
-        logging.basicConfig(format='%(message)s', level=logging.INFO, stream=sys.stdout)
-        for mod in modules[:2]:
-            mod.install_monitor(monitor)
-
-    def diverged(what):
-        return ValueError(f'{what}; last good checkpoint: {log and log.saved}; try a smaller lr')
-
-    def update_metrics():
-        """Catch up with the answers of the iterations since the last line."""
-        for iteration, (fake_answer, real_answer, answer) in answers:
-            for metric in (mACC, mD):
-                metric.update([label0, label1], [fake_answer, real_answer])
-            mG.update([label1], [answer])
-            if not math.isfinite(mD.get()[1] + mG.get()[1]):
-                raise diverged(f'the loss is not finite at epoch {epoch}, iteration {iteration}')
-        answers.clear()
-
-    first, resumed, sums = start
-    for epoch in range(first, s.epochs):
-        # the workers of a cluster draw from streams of their own
-        mx.random.seed(s.seed + 1 + epoch + 1_000_003 * rank)
-        train_iter.reset()
-        t = 0
-        while t < resumed and train_iter.iter_next():  # within the epoch: the same draws, the same place in the data
-            rand_iter.next()
-            t += 1
-        for metric in metrics:
-            metric.reset()
-        for metric, (sum_metric, num_inst) in zip(metrics, sums):
-            metric.sum_metric, metric.num_inst = sum_metric, num_inst
-        answers, done, every, tic, line_t = [], False, min(10, num_batches or 10), time.monotonic(), t
-        while True:
-            batch = next(train_iter, None)
-            done = done or batch is None
-            finished, stopping = vote(kv, done, stop.signum)
-            if stopping or finished == workers:
-                break
-            if batch is None:  # this worker's share is done, another's is not
-                train_iter.reset()
-                batch = next(train_iter)
-            t += 1
+    label0, label1 = mx.nd.zeros(s.batch_size, s.ctx[0]), mx.nd.ones(s.batch_size, s.ctx[0])
+    monitor = install_monitor(s, modules) if s.monitor else None
+    shown = None
+    while run.epoch < s.epochs:
+        for batch, rbatch in epoch_batches(s, run, train_iter, rand_iter, kv, stop):
             if monitor:
                 monitor.tic()
-            rbatch = rand_iter.next()
-            fakes, diff, answer = train_step(*modules, rbatch, batch, label0, label1)
-            answers.append((t, answer))
+            fakes, diff, answers = train_step(*modules, rbatch, batch, label0, label1)
             if monitor:
                 monitor.toc_print()
-            if t % every == 0 and log:
-                update_metrics()
-                seconds = (time.monotonic() - tic) / (t - line_t)
-                rate = s.batch_size * workers / seconds
-                epoch_left = num_batches and (num_batches - t) * seconds
-                run_left = num_batches and epoch_left + (s.epochs - 1 - epoch) * num_batches * seconds
-                named = ' '.join(f"('{name}', {value:.2f})" for name, value in (mACC.get(), mG.get(), mD.get()))
-                print(f'epoch: {epoch} iter: {t} metric: {named} {rate:.0f}/s '
-                      f'{span(epoch_left)} {span(run_left)}')
-                log.write(epoch=epoch, iteration=t, seconds=time.monotonic() - tic, facc=mACC.get()[1],
-                          fentropy_G=mG.get()[1], fentropy_D=mD.get()[1], images_per_second=rate)
-                tic, line_t = time.monotonic(), t  # before the pictures: their time counts
-                show(s, fakes.asnumpy(), diff.asnumpy(), batch.data[0].asnumpy()[:, :s.nc], rbatch.label, batch.label)
-                visual.show('loss', visual.plot(*log.curves(num_batches)), s.out, s.display)
+            run.add(answers)
+            shown = fakes, diff, batch, rbatch
+            if run.iteration % 10 == 0:
+                run.print_line()
+                if time.monotonic() > run.last_picture + 1:  # nobody looks at more than one a second
+                    show_pictures(s, run, *shown)
                 if visual.quit_pressed():
-                    os.kill(os.getpid(), signal.SIGINT)
-                for metric in metrics:
-                    metric.reset()
-        update_metrics()
-        if log:
-            mx.nd.waitall()  # BatchNorm's moving averages are else read before they are written
-            for name, copies in itertools.chain(*(params(mod).items() for mod in modules[:2])):
-                if not np.isfinite(copies[0].asnumpy()).all():  # ruined by the last step, whose loss was fine
-                    raise diverged(f'{name} is not finite after epoch {epoch}, iteration {t}')
-            if not stopping:
-                finish_epoch(s, modules[0], log, coverage, epoch, t)
-            if s.check_point:
-                sums = [(metric.sum_metric, metric.num_inst) for metric in metrics]
-                save(s, modules, log, epoch, t, sums, complete=not stopping)
-        if stopping:
-            return epoch, t
-        num_batches, resumed, sums = t, 0, ()
-    return None
+                    stop.signum = stop.signum or signal.SIGINT
+            if run.epoch == 0 and run.iteration in FILM_ITERATIONS:
+                save_mosaic(s, run, modules[0], f'gout-0000-{run.iteration:05d}')
+        if stop.agreed:
+            break
+        run.print_line()  # of the last iterations, fewer than ten
+        if shown:
+            show_pictures(s, run, *shown)
+        finish_epoch(s, modules, run, coverage)
+        run.epoch, run.iteration, run.num_batches = run.epoch + 1, 0, run.iteration
+        run.save_state(s, modules)
+        run.start_clock()  # pictures, counting and saving are no part of the speed
+    if stop.agreed:
+        run.save_state(s, modules)
 
 
-def show(s, fakes, diff, real, fake_digits, real_digits):
-    """The three pictures; of a conditional G with a digit a column."""
-    diff = (diff - diff.mean()) / (diff.std() or 1)
-    for title, X, digits in ('gout', fakes, fake_digits), ('diff', diff, fake_digits), ('data', real, real_digits):
+FILM_ITERATIONS = (50, 100, 200, 400, 800)  # of the first epoch, in which most happens: the film shows these too
+
+
+def epoch_batches(s, run, train_iter, rand_iter, kv, stop):
+    """Yield the real and the latent batches of an epoch, from where the run stands in it, until each worker has seen
+    its share of the images, or one is asked to stop."""
+    rank, workers = (kv.rank, kv.num_workers) if kv else (0, 1)
+    mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * rank)  # each worker has latents of its own
+    train_iter.reset()
+    for _ in range(run.iteration):
+        rand_iter.next()
+        train_iter.iter_next()
+    done = False
+    while True:
+        batch = next(train_iter, None)
+        done = done or batch is None
+        num_done, num_stopping = vote(kv, done, bool(stop.signum))
+        stop.agreed = num_stopping > 0
+        if stop.agreed or num_done == workers:
+            return
+        if batch is None:  # this worker's share is done, another's is not
+            train_iter.reset()
+            batch = next(train_iter)
+        yield batch, rand_iter.next()
+
+
+def install_monitor(s, modules):
+    """A monitor that prints the root mean square of each layer's output, and of `diff`, every so many batches."""
+    monitor = mx.mon.Monitor(s.monitor, lambda x: mx.nd.norm(x) / math.sqrt(x.size), '.*output|d1_backward_data', True)
+    logging.basicConfig(format='%(message)s', level=logging.INFO, stream=sys.stdout)
+    for mod in modules[:2]:
+        mod.install_monitor(monitor)
+    return monitor
+
+
+def show_pictures(s, run, fakes, diff, batch, rbatch):
+    """Show the fakes, their gradient, the real batch and the losses; of a conditional run with a digit a column."""
+    if run.folder:
+        diff = diff.asnumpy()
+        diff = (diff - diff.mean()) / (diff.std() or 1)
+        reals = batch.data[0].slice_axis(axis=1, begin=0, end=s.nc).asnumpy()
+        for title, X, labels in (('gout', fakes.asnumpy(), rbatch.label), ('diff', diff, rbatch.label),
+                                 ('data', reals, batch.label)):
+            digits = labels[0].asnumpy().astype(int) if s.conditional else None
+            visual.visual(title, X, run.folder, s.display, digits)
+        visual.show_picture('loss', visual.plot(*run.curves()), run.folder, s.display)
+        run.last_picture = time.monotonic()
+
+
+def save_mosaic(s, run, modG, title):
+    """Write a mosaic of always the same latents."""
+    if run.folder:
+        latent, digits = fixed_latents(s, s.batch_size)
+        visual.visual(title, generate(modG, latent, digits), run.folder, False, digits)
+
+
+def finish_epoch(s, modules, run, coverage):
+    """What an epoch leaves: a mosaic, the film, the count of digits among 1,000 images, MXNet's own files."""
+    if not run.folder:
+        return
+    arrays = run.snapshot(modules)
+    save_mosaic(s, run, modules[0], f'gout-{run.epoch:04d}')
+    visual.film(run.folder)
+    if coverage:
+        latent, digits = fixed_latents(s, 1000)
+        row = coverage.count(generate(modules[0], latent, digits), digits)
+        shares = ' '.join(f'{100 * row[f"share_{digit}"]:.0f}' for digit in range(10))
+        print(f'epoch: {run.epoch} digits: {row["digits"]} of 10, shares: {shares} %, '
+              f'confidence: {row["confidence"]:.2f}, KL: {row["kl"]:.3f}')
         if s.conditional:
-            X = by_digit(X, digits[0].asnumpy().astype(int))
-        visual.visual(title, X, s.out, s.display, 10 if s.conditional else None)
+            print(f'epoch: {run.epoch} digits as asked: {100 * row["asked"]:.0f} %, of the worst '
+                  f'{100 * row["asked_worst"]:.0f} %')
+        run.write_row(**row)
+    if s.check_point:
+        run.save_params(modules, arrays)
 
 
-def by_digit(X, digits):
-    """(n, c, h, w) images -> as many rows of ten as n fills, digit d in column d; black where one is missing."""
-    rows = np.full((-(-len(X) // 10), 10) + X.shape[1:], -1, X.dtype)
-    for digit in range(10):
-        column = X[digits == digit][:len(rows)]
-        rows[:len(column), digit] = column
-    return rows.reshape((-1,) + X.shape[1:])
+class Stop(io.TextIOBase):
+    """Whether the run is asked to end: by Ctrl-C, SIGTERM, SIGHUP (a lost terminal), q, or a pipe without a reader.
 
-
-def span(seconds):
-    """13m for 790: at most three characters and a unit; ? for None."""
-    for unit, size in (('s', 1), ('m', 60), ('h', 3600), ('d', 86400)):
-        if seconds is not None and (seconds < 100 * size or unit == 'd'):
-            return f'{seconds / size:.0f}{unit}'
-    return '?'
-
-
-class Stop:
-    """Ctrl-C and SIGTERM: the first asks the loop to end (`signum` is set), a second ends the process at once.
-
-    A thread reads them from a pipe that Python's C code writes to, for a Python handler only runs once MXNet's
-    call returns, which may be ten steps later.
+    It also stands for stdout, so that all that is printed goes through `write`.
     """
 
-    def __enter__(self):
-        self.signum = 0
-        read_end, self.write_end = os.pipe()
-        os.set_blocking(self.write_end, False)
-        self.wakeup = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
-        self.handlers = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)}
-        threading.Thread(target=self.listen, args=(read_end,), daemon=True).start()
-        return self
+    signum = time = 0  # the signal that asked, and when
+    agreed = False     # whether the loop has ended for it; in a cluster, whether all loops have
 
-    def listen(self, read_end):
-        with open(read_end, 'rb', buffering=0) as pipe:
-            for byte in iter(lambda: pipe.read(1), b''):
-                if byte[0] in self.handlers and not self.signum:
-                    self.signum, first = byte[0], time.monotonic()
-                    with contextlib.suppress(OSError):  # Ctrl-C also ends what stdout may be piped to
-                        print('stopping after the steps in flight; once more: at once')
-                elif byte[0] in self.handlers and time.monotonic() - first > 0.5:  # `timeout` sends each one twice
-                    os._exit(128 + byte[0])
+    def __init__(self, stdout):
+        self.stdout = stdout
 
-    def __exit__(self, *_):
-        for n, handler in self.handlers.items():
-            signal.signal(n, handler)
-        signal.set_wakeup_fd(self.wakeup)
-        os.close(self.write_end)
+    def handle(self, signum, frame):
+        """Handle a signal: the first asks, a second one ends the process at once."""
+        if self.signum in (0, signal.SIGPIPE):  # a pipe's reader may have got the same Ctrl-C
+            self.signum, self.time = signum, time.monotonic()
+            self.write('stopping after the steps in flight; once more: at once\n')
+        elif time.monotonic() - self.time > 0.5:  # `timeout` sends each signal twice
+            os._exit(128 + signum)
 
-
-# ---------------------------------------------------------------- the log, and checkpoints
-
-SCRATCH = '.saving-'  # how the names of temporary folders in `out` begin
+    def write(self, text):
+        """Print. A pipe without a reader, as after Ctrl-C with `| tee`, asks the run to end; a full disk does not."""
+        try:  # past Python's buffer, which would fail again at the end
+            os.write(self.stdout.fileno(), text.encode(errors='replace'))
+        except io.UnsupportedOperation:  # stdout may be no file, as in a notebook
+            self.stdout.write(text)
+        except BrokenPipeError:
+            self.signum = self.signum or signal.SIGPIPE
+        except OSError:
+            pass
 
 
-@contextlib.contextmanager
-def alone_in(out):
-    """Keep other processes from training in the same folder: pictures and checkpoints would overwrite each other's."""
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, '.lock'), 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f'{out}: another process trains in this folder; stop it, or set another out') from None
-        except OSError as error:
-            print(f'WARNING: {out} cannot be locked ({error}): let no other run use it')
-        for leftover in glob.glob(os.path.join(glob.escape(out), f'{SCRATCH}*')):
-            shutil.rmtree(leftover)  # of a run that was killed within a save
-        yield
+# ---------------------------------------------------------------- a run, in memory and on disk
 
+class Run:
+    """Where the training stands, its metrics since the last line, and its folder (the README has the folder's tree).
 
-class Log:
-    """The run's .csv, one row for each printed line, and the stamp in the names of the run's files.
-
-    A new run takes a stamp that nobody has; a resumed one goes on with its own, unless it begins before the run's
-    newest checkpoint or in another folder: then it is a new run, and nothing of the old one is overwritten.
+    So many iterations of an epoch are done. `folder` is None in the processes of a cluster that do not print, show and
+    save. `about` is what a state remembers of its run; None: a run that begins.
     """
 
     FIELDS = ['epoch', 'iteration', 'seconds', 'facc', 'fentropy_G', 'fentropy_D', 'images_per_second',
               *(f'share_{digit}' for digit in range(10)), 'digits', 'confidence', 'kl', 'asked', 'asked_worst']
 
-    def __init__(self, out, dataset, checkpoint=None, workers=1):
-        self.out, self.dataset, self.workers, self.saved = out, dataset, workers, checkpoint and checkpoint['path']
-        self.losses, self.seconds = [], 0
-        self.stamp = self.pick_stamp(checkpoint)
-        path = self.path(self.stamp)
-        self.file = open(path + '.tmp', 'w', newline='')
-        self.writer = csv.DictWriter(self.file, self.FIELDS, extrasaction='ignore')
-        self.writer.writeheader()
-        for row in self.read(checkpoint) if checkpoint else ():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a row that no run wrote so is left out
-                if (int(row['epoch']), int(row['iteration'])) <= (checkpoint['epoch'], checkpoint['iteration']):
-                    self.note(row)
-                    self.writer.writerow(row)
-        self.file.flush()
-        os.replace(path + '.tmp', path)
+    def __init__(self, s, folder, num_batches, workers=1, about=None):
+        about = about or dict(name=os.path.basename(folder or ''), epoch=0, iteration=0, seconds=0, metrics=(),
+                              log_size=0, path=None)
+        self.name, self.epoch, self.iteration, self.saved = (about[k] for k in ('name', 'epoch', 'iteration', 'path'))
+        self.folder, self.num_batches, self.epochs = folder, num_batches, s.epochs
+        self.images = s.batch_size * workers  # of one iteration
+        self.metrics = list(about['metrics'])  # mACC, mG, mD of each iteration since the last line
+        self.answers = []                      # D's, of the iterations that the metrics do not have yet
+        self.tic, self.timed = None, 0         # when the timed iterations began, and their number
+        self.lost, self.warned = 0, False      # iterations in a row in which D has won; whether that was said
+        self.start, self.last_picture = time.monotonic() - about['seconds'], -math.inf
+        if folder:
+            for leftover in glob.glob(os.path.join(glob.escape(folder), '*.tmp*')):
+                os.remove(leftover)  # of a run that was killed while it wrote
+            self.open_log(os.path.join(folder, 'log.csv'), about['log_size'])
 
-    def path(self, stamp):
-        return os.path.join(self.out, f'{self.dataset}_{stamp}.csv')
+    def open_log(self, path, size):
+        """Go on with a log of that size: what comes after it is of iterations that are done again."""
+        with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
+            size = file.read(size).rfind(b'\n') + 1  # a full disk may have cut the last row
+        self.log = open(path, 'a+', newline='', errors='replace')  # noqa: SIM115  for as long as the run
+        self.log.truncate(min(size, os.path.getsize(path)))
+        self.log.seek(0)
+        self.losses = array.array('d')  # of each line its epoch, iteration, entropy of G and of D
+        for row in csv.DictReader(self.log):
+            self.note(row)
+        self.writer = csv.DictWriter(self.log, self.FIELDS)
+        if not os.path.getsize(path):
+            self.writer.writeheader()
+            self.log.flush()
 
-    def pick_stamp(self, checkpoint):
-        if checkpoint:
-            home = os.path.dirname(checkpoint['path']) or '.'
-            newest = next(iter(checkpoints(home, (self.dataset, checkpoint['stamp']))), checkpoint)
-            if os.path.samefile(home, self.out) and newest['saved'] == checkpoint['saved']:
-                return checkpoint['stamp']
-        stamp = time.strftime('%Y_%m_%d-%H_%M')
-        return next(name for name in [stamp, *(f'{stamp}_{n}' for n in range(2, 1000))]
-                    if not os.path.exists(self.path(name)))
+    def add(self, answers):
+        """Count an iteration; `answers` is what `train_step` returns."""
+        self.iteration, self.timed = self.iteration + 1, self.timed + 1
+        self.answers.append(answers)
+        if self.tic is None:  # the first step loads libraries and tries algorithms: the clock starts after it
+            mx.nd.waitall()
+            self.start_clock()
 
-    def read(self, checkpoint):
-        """The rows of a checkpoint's run, as far as its .csv can be read."""
-        path = os.path.join(os.path.dirname(checkpoint['path']), os.path.basename(self.path(checkpoint['stamp'])))
-        rows = []
-        with contextlib.suppress(OSError, csv.Error):
-            with open(path, newline='', errors='replace') as file:
-                rows.extend(row for row in csv.DictReader(file) if None not in row.values())  # a full disk cuts rows
-        return rows
+    def start_clock(self):
+        """Measure the speed from now on."""
+        self.tic, self.timed = time.monotonic(), 0
+
+    def update_metrics(self):
+        """Bring the metrics up to date, with one copy from the device for all iterations since the last time."""
+        if not self.answers:
+            return
+        answers = mx.nd.concat(*itertools.chain(*self.answers), dim=0).asnumpy().reshape(len(self.answers), 3, -1)
+        label0, label1 = np.zeros_like(answers[0, 0]), np.ones_like(answers[0, 0])
+        for i, (to_fakes, to_reals, after_update) in enumerate(answers, self.iteration - len(answers) + 1):
+            mACC = (facc(label0, to_fakes) + facc(label1, to_reals)) / 2
+            mD = (fentropy(label0, to_fakes) + fentropy(label1, to_reals)) / 2
+            self.metrics.append([float(mACC), float(fentropy(label1, after_update)), float(mD)])
+            if not np.isfinite(self.metrics[-1]).all():
+                self.diverged('the loss', i)
+        self.answers = []
+
+    def diverged(self, what, iteration):
+        """End a run whose numbers are ruined."""
+        saved = f'the last good state is {self.saved}' if self.saved else 'nothing was saved before'
+        where = f'epoch {self.epoch}, iteration {iteration}'
+        raise ValueError(f'{what} is not finite at {where}; {saved}; try a smaller lr')
+
+    def print_line(self):
+        """Print a line for the iterations since the last one, write it to the log, and begin anew."""
+        self.update_metrics()
+        if not self.metrics:
+            return
+        mACC, mG, mD = np.mean(self.metrics, axis=0)
+        seconds = (time.monotonic() - self.tic) / self.timed if self.timed else math.nan  # of an iteration
+        epoch_left = max(self.num_batches - self.iteration, 0) * seconds  # NaN stays NaN
+        run_left = epoch_left + (self.epochs - 1 - self.epoch) * self.num_batches * seconds
+        speed = f'{self.images / seconds:.0f}'.replace('nan', '?')
+        print(f"epoch: {self.epoch} iter: {self.iteration} metric: ('facc', {mACC:.2f}) ('fentropy', {mG:.2f}) "
+              f"('fentropy', {mD:.2f}) {speed}/s {span(epoch_left)} {span(run_left)}")
+        self.write_row(facc=mACC, fentropy_G=mG, fentropy_D=mD, images_per_second=self.images / seconds)
+        self.lost = self.lost + len(self.metrics) if mD < 0.01 and mG > 6 else 0
+        if self.lost >= 200 and not self.warned:
+            self.warned = True
+            print('WARNING: D has told all fakes for 200 iterations, and G learns nothing: stop, and set a larger lr')
+        self.metrics = []
+        self.start_clock()
 
     def note(self, row):
-        """Remember what the curves need. Raises ValueError or TypeError where a value is missing."""
-        if row.get('fentropy_G', '') != '':
-            values = [float(row[name]) for name in ('epoch', 'iteration', 'fentropy_G', 'fentropy_D', 'seconds')]
-            self.seconds = values.pop()
-            self.losses.append(values)
+        """Remember what `curves` needs of a row of the log."""
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a count of digits; a row that a full disk cut
+            self.losses.extend([float(row[name]) for name in ('epoch', 'iteration', 'fentropy_G', 'fentropy_D')])
 
-    def curves(self, num_batches):
-        """What `visual.plot` draws: the iterations since the start of the run, and the entropies there."""
-        epoch, iteration, G, D = np.array(self.losses).T
-        return epoch * max(num_batches or 0, iteration.max()) + iteration, {'G': G, 'D': D}
-
-    def write(self, **row):
-        """Append a row; `seconds` counts from the row before. A full disk is said, and does not end the run."""
-        if 'seconds' in row:
-            row['seconds'] = round(self.seconds + row['seconds'], 3)
+    def write_row(self, **row):
+        """Append a row to the log. A full disk is said, and does not end the run."""
+        if self.folder:
+            row.update(epoch=self.epoch, iteration=self.iteration, seconds=round(time.monotonic() - self.start, 3))
             self.note(row)
+            try:
+                self.writer.writerow(row)
+                self.log.flush()
+            except OSError as error:
+                print(f'WARNING: {self.log.name} cannot be written ({error}); the run goes on')
+
+    def curves(self):
+        """What `visual.plot` draws: the iterations since the start of the run, and the entropies there."""
+        epoch, iteration, G, D = np.array(self.losses).reshape(-1, 4).T
+        return epoch * np.nanmax([self.num_batches, iteration.max()]) + iteration, {'G': G, 'D': D}
+
+    def snapshot(self, modules):
+        """{name: NumPy array}: what the run needs of the modules to go on. Raises ValueError where it is ruined."""
+        mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
+        arrays = {}
+        for mod in modules[:2]:
+            for name, copies in device_arrays(mod).items():
+                # all devices hold the same but for the moving averages, of which each has its own
+                arrays[name] = np.stack([copy.asnumpy() for copy in copies[:len(copies) if 'moving' in name else 1]])
+                if not np.isfinite(arrays[name]).all():
+                    self.diverged(name, self.iteration)
+        return arrays
+
+    def save_state(self, s, modules):
+        """Save what the run needs to go on, and keep the newest two; where this fails, say so, and the run goes on."""
+        if not self.folder or not s.check_point:
+            return
+        self.update_metrics()
+        arrays = self.snapshot(modules)
+        about = dict(name=self.name, epoch=self.epoch, iteration=self.iteration, seconds=time.monotonic() - self.start,
+                     num_update=modules[0]._optimizer.num_update, metrics=self.metrics, settings=vars(s),
+                     log_size=os.path.getsize(self.log.name), shapes={name: a.shape for name, a in arrays.items()},
+                     versions=dict(mxnet=mx.__version__, numpy=np.__version__, python=sys.version))
+        path = os.path.join(self.folder, f'state-{self.epoch:04d}-{self.iteration:05d}.npz')
         try:
-            self.writer.writerow(row)
-            self.file.flush()
+            with written_whole(path) as temporary, open(temporary, 'wb') as file:
+                np.savez(file, about=json.dumps(about, default=str), **arrays)
+            self.saved = path
+            for old in list_states(self.folder)[2:]:
+                os.remove(old)
         except OSError as error:
-            print(f'WARNING: the .csv cannot be written: {error}; the run goes on')
+            print(f'WARNING: the state of epoch {self.epoch}, iteration {self.iteration} is not saved: {error}')
 
-    def close(self):
-        with contextlib.suppress(OSError):  # said by `write`
-            self.file.close()
+    def save_params(self, modules, arrays):
+        """Write both networks in MXNet's own format, under the names of the published script, and read them back:
+        MXNet does not notice every full disk."""
+        dataset, stamp = self.name.split('_', 1)
+        try:
+            for net, mod in zip('GD', modules):
+                prefix = os.path.join(self.folder, f'{dataset}_{net}_{stamp}')
+                params = {f'arg:{name}': mx.nd.array(arrays[name][0]) for name in mod._param_names}
+                params.update((f'aux:{name}', mx.nd.array(arrays[name][0])) for name in mod._aux_names)
+                with written_whole(f'{prefix}-symbol.json') as temporary:
+                    mod.symbol.save(temporary)
+                    mx.sym.load(temporary)
+                with written_whole(f'{prefix}-{self.epoch:04d}.params') as temporary:
+                    mx.nd.save(temporary, params)
+                    mx.nd.load(temporary)
+        except (OSError, mx.MXNetError) as error:
+            print(f'WARNING: the networks of epoch {self.epoch} are not saved: {data.last_line(error)}')
 
 
-def params(mod):
-    """{name: each device's copy} of a network's parameters and the first device's moving averages, named as MXNet's
-    own checkpoints name them."""
-    group = mod._exec_group
-    return {**{f'arg:{name}': copies for name, copies in zip(mod._param_names, group.param_arrays)},
-            **{f'aux:{name}': copies[:1] for name, copies in zip(mod._aux_names, group.aux_arrays)}}
+def span(seconds):
+    """13m for 790: at most three characters and a unit; ? where nothing is known (NaN)."""
+    for unit, size in (('s', 1), ('m', 60), ('h', 3600), ('d', 86400)):
+        if seconds < 100 * size or unit == 'd':
+            return f'{seconds / size:.0f}{unit}' if seconds >= 0 else '?'
 
 
-def optimizer_state(net, mod):
-    """{name: each device's copy} of Adam's step count and moments, and of the other devices' moving averages."""
-    num_ctx = len(mod._context)
-    arrays = {f'{net}.count': [mx.nd.array([mod._optimizer.num_update], dtype='int64')]}
-    for i, name in enumerate(mod._param_names):
-        moments = zip(*(mod._updater.states[i * num_ctx + k] for k in range(num_ctx)))
-        arrays[f'{net}.mean.{name}'], arrays[f'{net}.var.{name}'] = moments
-    for name, copies in zip(mod._aux_names, mod._exec_group.aux_arrays):
-        arrays.update({f'{net}.{k}.{name}': [copies[k]] for k in range(1, num_ctx)})
+def device_arrays(mod):
+    """{name: its copy on each device} of a module's parameters, Adam's moments of them, and moving averages."""
+    devices, arrays = len(mod._context), dict(zip(mod._aux_names, mod._exec_group.aux_arrays))
+    for i, (name, copies) in enumerate(zip(mod._param_names, mod._exec_group.param_arrays)):
+        moments = [mod._updater.states[i * devices + k] for k in range(devices)]
+        arrays[name], (arrays[f'{name}_mean'], arrays[f'{name}_var']) = copies, zip(*moments)
     return arrays
 
 
-def save(s, modules, log, epoch, iteration, sums, complete):
-    """Save the run as it is after `iteration` of `epoch`: whole, or not at all.
-
-    Every file is written to a temporary folder, read back, flushed to disk and then renamed; the manifest, which has
-    the others' hashes, comes last, and without it the rest does not count. Where this fails (a full disk), one line
-    says so and the next save tries again.
-    """
-    tag = log.stamp if complete else f'{log.stamp}-iter{iteration}'
-    files, state = {}, {}
-    for net, mod in zip('GD', modules):
-        arrays = {name: copies[0] for name, copies in params(mod).items()}
-        files[f'{log.dataset}_{net}_{tag}-symbol.json'] = mod.symbol.save
-        files[f'{log.dataset}_{net}_{tag}-{epoch:04d}.params'] = functools.partial(mx.nd.save, data=arrays)
-        state.update({name: copies[0] for name, copies in optimizer_state(net, mod).items()})
-    files[f'{log.dataset}_{tag}-{epoch:04d}.states'] = functools.partial(mx.nd.save, data=state)
-    saved = max([time.time(), *(other['saved'] + 0.001 for other in checkpoints(log.out))])  # clocks may be set back
-    manifest = {'dataset': log.dataset, 'stamp': log.stamp, 'epoch': epoch, 'iteration': iteration, 'metrics': sums,
-                'complete': complete, 'saved': saved, 'settings': vars(s), 'workers': log.workers, 'files': {},
-                'versions': {'mxnet': mx.__version__, 'numpy': np.__version__, 'python': platform.python_version()}}
-
-    def write_manifest(path):
-        with open(path, 'w') as file:
-            json.dump(manifest, file, indent=1, default=str)
-
-    files[f'{log.dataset}_{tag}-{epoch:04d}.json'] = write_manifest
+@contextlib.contextmanager
+def written_whole(path):
+    """Yield a name to write a file under, which then gets its true name: whole and on the disk, or not at all."""
+    temporary = f'{path}.tmp'
     try:
-        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=log.out) as scratch:
-            for name, write in files.items():
-                path = os.path.join(scratch, name)
-                write(path)
-                if not name.endswith('.json'):
-                    load_arrays(path)
-                flush(path)
-                manifest['files'][name] = sha256(path)
-            for name in files:
-                os.replace(os.path.join(scratch, name), os.path.join(log.out, name))
-        flush(log.out)
-    except (OSError, ValueError, mx.MXNetError) as error:
-        print(f'WARNING: checkpoint of epoch {epoch} not saved: {last_line(error)}')
-    else:
-        log.saved = os.path.join(log.out, name)
-        prune(log)
-
-
-def flush(path):
-    """Make sure that a file, or a folder's list of names, is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
+        yield temporary
+        with open(temporary, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     finally:
-        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
-def sha256(path):
-    with open(path, 'rb') as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
-def prune(log):
-    """Keep the optimiser's state of this run's newest two checkpoints only, and none from within a finished epoch."""
-    mine = checkpoints(log.out, (log.dataset, log.stamp))
-    newest = [manifest for manifest in mine if manifest['complete'] or not mine[0]['complete']][:2]
-    for manifest in mine:
-        for name in [os.path.basename(manifest['path']), *manifest['files']]:
-            if manifest not in newest and (name.endswith('.states') or not manifest['complete']):
-                with contextlib.suppress(OSError):  # it may stay
-                    os.remove(os.path.join(log.out, name))
-
-
-def read_manifest(path):
-    """A checkpoint's manifest, plus its `path`; raises ValueError where it is none. Does not look at the files."""
+def new_folder(out, dataset):
+    """Make a folder that no other run has, and let `latest` point to it."""
+    os.makedirs(out, exist_ok=True)
+    stamp = time.strftime('%Y_%m_%d-%H_%M')
+    for more in itertools.chain([''], (f'_{n}' for n in itertools.count(2))):
+        folder = os.path.join(out, f'{dataset}_{stamp}{more}')
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+            break
     try:
-        if os.path.getsize(path) > 1 << 20:
-            raise ValueError('too large')
-        with open(path, 'rb') as file:
-            manifest = json.load(file)
-        kinds = {'dataset': str, 'stamp': str, 'epoch': int, 'iteration': int, 'metrics': list, 'complete': bool,
-                 'saved': float, 'settings': dict, 'workers': int, 'files': dict}
-        for key, kind in kinds.items():
-            if type(manifest[key]) is not kind:
-                raise ValueError(f'{key} is wrong')
-        names = [manifest['dataset'], manifest['stamp'], *manifest['files']]
-        if not all(name.isprintable() and os.path.basename(name) == name for name in names):
-            raise ValueError('a name is wrong')
-        if min(manifest['epoch'], manifest['iteration']) < 0 or not math.isfinite(manifest['saved']):
-            raise ValueError('a number is wrong')
-        manifest['metrics'] = [(float(total), float(count)) for total, count in manifest['metrics']]
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f'{path}: no manifest of a checkpoint ({last_line(error)})') from None
-    return {**manifest, 'path': path}
+        os.symlink(os.path.basename(folder), f'{folder}.tmp')
+        os.replace(f'{folder}.tmp', os.path.join(out, 'latest'))
+    except OSError as error:
+        print(f"WARNING: {out}/latest cannot point to {folder} ({error}); to go on, set resume to the folder")
+    return folder
 
 
-def checkpoints(folder, run=None, say=False):
-    """The manifests in a folder, or of one run (dataset, stamp) there, newest first; with `say`, also a line for each
-    that is missing or wrong."""
-    found, folder = [], glob.escape(folder)
-    paths = set(glob.glob(f'{folder}/*-[0-9][0-9][0-9][0-9]*.json'))
-    for path in glob.glob(f'{folder}/*_G_*-[0-9][0-9][0-9][0-9]*.params'):
-        paths.add('_'.join(path[:-len('.params')].rsplit('_G_', 1)) + '.json')
-    for path in paths:
+def lock(folder, stack):
+    """Keep other processes from training in a run's folder. The lock ends with this process, however that ends."""
+    import fcntl  # not at the top: Windows, which data.py refuses, has none
+    fd = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'{folder}: another process trains in this folder; stop it, or resume a copy') from None
+    except OSError as error:
+        print(f'WARNING: {folder} cannot be locked ({error}): let no other run use it')
+
+
+def list_states(folder):
+    """The paths of a run's states, newest first."""
+    found = [re.fullmatch(r'state-(\d{4,})-(\d{5,})\.npz', name) for name in os.listdir(folder)]
+    found = sorted(((int(match[1]), int(match[2]), match[0]) for match in found if match), reverse=True)
+    return [os.path.join(folder, name) for _, _, name in found]
+
+
+def read_state(path):
+    """What a state remembers of its run, with its `path`, and {name: array}. Raises ValueError where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        about = dict(json.loads(str(arrays.pop('about'))), path=path)
+        if about['shapes'] != {name: list(array.shape) for name, array in arrays.items()}:
+            raise ValueError('its arrays are not those that were saved')
+        return about, arrays
+    except Exception as error:  # NumPy and zipfile have a dozen kinds for a flipped bit
+        raise ValueError(f'{path}: is damaged, or no state of a run ({data.last_line(error)})') from None
+
+
+def find_state(path):
+    """The state in a file, or the newest in a run's folder that can be read, as `read_state` returns it."""
+    if os.path.isfile(path):
+        return read_state(path)
+    if not os.path.isdir(path):
+        raise ValueError(f"resume: there is no {path}; it must be 'latest', a run's folder or a state-....npz")
+    for state in list_states(path):
         try:
-            found.append(read_manifest(path))
-        except (ValueError, OSError) as error:
-            if say:
-                print(f'{last_line(error)}: the checkpoint does not count')
-    found = [manifest for manifest in found if run in (None, (manifest['dataset'], manifest['stamp']))]
-    return sorted(found, key=lambda manifest: manifest['saved'], reverse=True)
+            return read_state(state)
+        except ValueError as error:
+            print(f'{error}; taking the one before')
+    raise ValueError(f"resume: {path} has no state to go on from; set resume = '' to start anew")
 
 
-def find_checkpoint(resume, out, kinds=('_G_', '_D_', '.states')):
-    """The manifest that `resume` means ('latest', a folder or a .json), its files of those kinds hashed and whole."""
-    if resume == 'latest' or os.path.isdir(resume):
-        folder = out if resume == 'latest' else resume
-        for manifest in checkpoints(folder, say=True):
-            try:
-                return whole(manifest, kinds)
-            except ValueError as error:
-                print(f'{error}; taking the one before')
-        raise ValueError(f'resume = {resume!r}: no whole checkpoint in {folder}; empty it to start anew')
-    if not resume.endswith('.json') or not os.path.isfile(resume):
-        raise ValueError(f"resume = {resume!r}: must be 'latest', a folder or a checkpoint's .json")
-    return whole(read_manifest(resume), kinds)
-
-
-def whole(manifest, kinds):
-    """The manifest, if each kind of file is there with the hash that it should have."""
-    for kind in kinds:
-        names = [name for name in manifest['files'] if kind in name and name.endswith(('.params', '.states'))]
-        if len(names) != 1:
-            raise ValueError(f'{manifest["path"]}: names no file {kind}')
-        path = os.path.join(os.path.dirname(manifest['path']), names[0])
-        if not os.path.isfile(path):
-            raise ValueError(f'{path}: is missing, the checkpoint does not count (the state of Adam is kept for '
-                             'the newest two; sample works without it)')
-        if sha256(path) != manifest['files'][names[0]]:
-            raise ValueError(f'{path}: is damaged, the checkpoint does not count')
-        manifest[kind] = path
-    return manifest
-
-
-def fits(s, dataset, checkpoint, workers=1):
-    """Raise ValueError where a checkpoint is of other networks or data; say where it is of another run."""
-    was, now = {**checkpoint['settings'], 'workers': checkpoint['workers']}, {**vars(s), 'workers': workers}
+def check_state(s, about, dataset=''):
+    """Raise ValueError where a state is of other networks or data; say where it is of another run."""
+    was, trained_on = about['settings'], about['name'].split('_')[0]
+    if dataset not in ('', trained_on):
+        raise ValueError(f'{about["path"]}: trained on {trained_on}, the data is {dataset}')
     for name in ('ngf', 'ndf', 'nc', 'Z', 'conditional'):
-        if was.get(name) != now[name]:
-            raise ValueError(f'{checkpoint["path"]}: made with {name} = {was.get(name)!r}, the settings say '
-                             f'{now[name]}')
-    for name in ('batch_size', 'lr', 'beta1', 'seed', 'workers') if not s.sample else ():
-        if was.get(name) != now[name]:
-            print(f'WARNING: {name} was {was.get(name)!r} and is {now[name]}: the run goes on, but is not the same run')
-    if dataset not in ('', checkpoint['dataset']):
-        raise ValueError(f'{checkpoint["path"]}: trained on {checkpoint["dataset"]}, the data is {dataset}')
+        if was[name] != getattr(s, name):
+            raise ValueError(f'{about["path"]}: made with {name} = {was[name]!r}, the settings say {getattr(s, name)}')
+    for name in ('batch_size', 'lr', 'beta1', 'seed') if not s.sample else ():
+        if was[name] != getattr(s, name):
+            print(f'WARNING: {name} was {was[name]!r} and is {getattr(s, name)}: it goes on, but is not the same run')
 
 
-def load_arrays(path):
-    """What `mx.nd.save` wrote, as {name: NumPy array}; raises ValueError where it is anything else.
-
-    MXNet's own reader believes every length in the file (ndarray.cc, `NDArray::Load`); this one checks first.
-    """
-    with open(path, 'rb') as file:
-        content = file.read()
-    offset, arrays = 0, []
-
-    def take(layout):
-        nonlocal offset
-        values = struct.unpack_from('<' + layout, content, offset)
-        offset += struct.calcsize('<' + layout)
-        return values
-
-    try:
-        magic, _, count = take('QQQ')
-        if magic != 0x112:
-            raise ValueError('wrong magic number')
-        for _ in range(count):
-            magic, storage, ndim = take('IiI')
-            if magic != 0xF993fac9 or storage:
-                raise ValueError('not an array')
-            shape = take(f'{ndim}Q')
-            dtype = np.dtype(('f4', 'f8', 'f2', 'u1', 'i4', 'i1', 'i8')[take('iii')[2]])
-            arrays.append(np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape))
-            offset += arrays[-1].nbytes
-        names = [take(f'{take("Q")[0]}s')[0].decode() for _ in range(take('Q')[0])]
-        if len(names) != count or len(set(names)) != count or offset != len(content):
-            raise ValueError('names and arrays do not match')
-    except (struct.error, ValueError, IndexError, OverflowError, MemoryError) as error:
-        raise ValueError(f'{path}: not a whole file of MXNet arrays ({last_line(error)})') from None
-    return dict(zip(names, arrays))
-
-
-def load_into(path, targets):
-    """Fill `targets`, {name: list of NDArrays}, from a file that must have just these names and shapes."""
-    arrays = load_arrays(path)
-    expected = {(name, copies[0].shape) for name, copies in targets.items()}
-    found = {(name, array.shape) for name, array in arrays.items()}
-    if expected != found:
-        raise ValueError(f'{path}: does not fit these networks and devices ({min(expected ^ found)[0]})')
-    for name, copies in targets.items():
-        for copy in copies:
-            copy[:] = arrays[name]
-
-
-def restore(modules, checkpoint):
-    """Put modules into the state that a checkpoint holds; returns where `train_loop` is to start."""
-    state = {}
-    for net, mod in zip('GD', modules):
-        load_into(checkpoint[f'_{net}_'], params(mod))
-        state.update(optimizer_state(net, mod))
-    load_into(checkpoint['.states'], state)
-    for net, mod in zip('GD', modules):
+def restore(modules, about, arrays):
+    """Put modules into a state. Device k takes the moving averages of device k modulo the number that saved some."""
+    for mod in modules[:2]:
+        for name, copies in device_arrays(mod).items():
+            for k, copy in enumerate(copies):
+                copy[:] = arrays[name][k % len(arrays[name])]
         # from here on Adam's bias correction counts
-        mod._optimizer.begin_num_update = mod._optimizer.num_update = int(state[f'{net}.count'][0].asscalar())
-    if checkpoint['complete']:
-        return checkpoint['epoch'] + 1, 0, ()
-    return checkpoint['epoch'], checkpoint['iteration'], checkpoint['metrics']
+        mod._optimizer.begin_num_update = mod._optimizer.num_update = about['num_update']
 
 
 # ---------------------------------------------------------------- sampling
 
+def latent_batches(s, n, size):
+    """Yield n latents in batches of (size, Z), for a conditional G with their digits, (size,), else with None.
+
+    They are the same for the same seed, and come out of NumPy's stream, so that training does not notice.
+    """
+    rng = np.random.RandomState(s.seed)
+    wanted = np.array([int(digit) for digit in (s.digits if s.sample else '0123456789')])
+    for start in range(0, n, size):
+        latent = rng.normal(size=(min(size, n - start), s.Z)).astype(np.float32)
+        yield latent, wanted[np.arange(start, start + len(latent)) % len(wanted)] if s.conditional else None
+
+
 def fixed_latents(s, n):
-    """(n, Z) latents, and for a conditional G n digits, else None: the same for the same seed; out of NumPy's stream,
-    so that training does not notice."""
-    wanted = s.digits if s.sample else '0123456789'
-    return (np.random.RandomState(s.seed).normal(size=(n, s.Z)).astype(np.float32),
-            np.resize([int(digit) for digit in wanted], n) if s.conditional else None)
+    """(n, Z) latents, and for a conditional G n digits, else None: always the same."""
+    return next(latent_batches(s, n, n))
 
 
 def generate(modG, latent, digits=None):
@@ -880,90 +738,89 @@ def generate(modG, latent, digits=None):
     return modG.predict(mx.io.NDArrayIter({'rand': full}, batch_size=batch_size)).asnumpy()[:n]
 
 
-def finish_epoch(s, modG, log, coverage, epoch, iteration):
-    """At the end of an epoch: a mosaic of always the same latents, and the coverage of 1,000 generated images."""
-    latent, digits = fixed_latents(s, s.batch_size)
-    images = generate(modG, latent, digits)
-    visual.visual(f'gout-{epoch:04d}', images, s.out, False, 10 if s.conditional else None)
-    if coverage:
-        latent, digits = fixed_latents(s, 1000)
-        coverage.reset()
-        coverage.update([digits] if s.conditional else [], [generate(modG, latent, digits)])
-        row = dict(coverage.get_name_value())
-        shares = ' '.join(f'{100 * row[f"share_{digit}"]:.0f}' for digit in range(10))
-        print(f'epoch: {epoch} digits: {row["digits"]} of 10, shares: {shares} %, confidence: {row["confidence"]:.2f}, '
-              f'KL: {row["kl"]:.3f}')
-        if s.conditional:
-            print(f'epoch: {epoch} digits as asked: {100 * row["asked"]:.0f} %, of the worst '
-                  f'{100 * row["asked_worst"]:.0f} %')
-        log.write(epoch=epoch, iteration=iteration, **row)
+def load_generator(s, path, size):
+    """G for batches of that size, from a run's newest state, a state, or an epoch's .params; and the file's path."""
+    if path.endswith('.params'):
+        params = mx.nd.load(path)
+    else:
+        about, arrays = find_state(path)
+        check_state(s, about)
+        path = about['path']
+        params = {('aux:' if 'moving' in name else 'arg:') + name: mx.nd.array(a[0]) for name, a in arrays.items()}
+    gout, _ = make_dcgan_sym(s.ngf, s.ndf, s.nc)
+    modG = mx.mod.Module(gout, data_names=('rand',), label_names=None, context=s.ctx[0])
+    modG.bind(data.RandIter(size, s.Z, conditional=s.conditional).provide_data, for_training=False)
+    try:
+        modG.init_params(None, *({name: params[f'{kind}:{name}'] for name in names}
+                                 for kind, names in (('arg', modG._param_names), ('aux', modG._aux_names))))
+    except (KeyError, mx.MXNetError):
+        raise ValueError(f'{path}: is no G of these ngf, nc, Z and conditional') from None
+    return modG, path
 
 
 def make_samples(s):
-    """Write `sample.png`, the single images and `walk.png` to `out`, from the checkpoint's G; needs no data."""
-    checkpoint = find_checkpoint(s.resume, s.out, kinds=('_G_',))
-    fits(s, '', checkpoint)
-    gout, _ = make_dcgan_sym(s.ngf, s.ndf, s.nc)
-    modG = mx.mod.Module(gout, data_names=('rand',), label_names=None, context=s.ctx[0])
-    batch_size = min(s.sample, s.batch_size)
-    modG.bind(data.RandIter(batch_size, s.Z, conditional=s.conditional).provide_data, for_training=False)
-    modG.init_params()
-    load_into(checkpoint['_G_'], params(modG))
-    folder = os.path.join(s.out, 'sample')
+    """Write `sample.png`, the single images and `walk.png` into the run's folder."""
+    size = min(s.sample, s.batch_size)
+    modG, path = load_generator(s, s.resume, size)
+    out = os.path.dirname(path) or '.'
+    folder = os.path.join(out, 'sample')
     os.makedirs(folder, exist_ok=True)
-    latent, digits = fixed_latents(s, s.sample)
-    images = generate(modG, latent, digits)
-    visual.save(os.path.join(s.out, 'sample.png'), visual.tile(images, len(s.digits) if s.conditional else None))
     for old in glob.glob(os.path.join(glob.escape(folder), '[0-9]' * 5 + '.png')):
         os.remove(old)
-    for i, image in enumerate(images):
+    mosaic = []
+    images = itertools.chain.from_iterable(generate(modG, *batch) for batch in latent_batches(s, s.sample, size))
+    for i, image in enumerate(images):  # a batch at a time: many take no more memory than few
         visual.save(os.path.join(folder, f'{i:05d}.png'), visual.tile(image[None]))
+        if i < 1024:
+            mosaic.append(image)
+    columns = len(s.digits) if s.conditional else None
+    visual.save(os.path.join(out, 'sample.png'), visual.tile(np.stack(mosaic), columns))
     # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
     rows, steps = 6, 10
     points, digits = fixed_latents(s, rows + 1)
     arc = np.linspace(0, np.pi / 2, steps, dtype=np.float32)[:, None]
     walk = np.concatenate([np.cos(arc) * a + np.sin(arc) * b for a, b in zip(points, points[1:])])
-    images = generate(modG, walk, digits if digits is None else np.repeat(digits[:rows], steps))
-    visual.save(os.path.join(s.out, 'walk.png'), visual.tile(images, steps))
-    print(f'{s.sample} images of {checkpoint["path"]}: {s.out}/sample.png, one by one in {folder}/; {s.out}/walk.png')
+    images = generate(modG, walk, None if digits is None else np.repeat(digits[:rows], steps))
+    visual.save(os.path.join(out, 'walk.png'), visual.tile(images, steps))
+    print(f'{s.sample} images of {path}: {out}/sample.png, one by one in {folder}/; {out}/walk.png')
 
 
 # ---------------------------------------------------------------- several machines
 
-DEAD = 15  # seconds without a heartbeat after which a process counts as dead
-ALONE = 60  # seconds to wait for the other processes at the start
+DEAD = 15   # seconds without a heartbeat after which a process counts as dead
+ALONE = 60  # seconds to wait for the other processes at the start and at the end
 
 
 def connect(s):
-    """The dist_sync key-value store, once every process of the cluster is there; None for a single machine."""
-    if 'dist' not in s.kvstore:
-        if role:
-            raise ValueError(f"kvstore = {s.kvstore!r}, but DMLC_ROLE={role} is set: kvstore must be 'dist_sync', or "
-                             'the variable unset')
+    """The key-value store of a cluster, once every process of it is there; None for a single machine."""
+    role = data.ROLE
+    if s.kvstore != 'dist_sync' and role:
+        raise ValueError(f"kvstore = {s.kvstore!r}, but DMLC_ROLE={role} is set: set 'dist_sync', or unset DMLC_ROLE")
+    if s.kvstore != 'dist_sync':
         return None
-    for name in ('DMLC_ROLE', 'DMLC_PS_ROOT_URI', 'DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER'):
-        value = os.environ.get(name, '')
-        if not value or ('PORT' in name or 'NUM' in name) and not value.isdigit():
-            raise ValueError(f"{name}={value!r}: kvstore = 'dist_sync' needs it (README, several machines)")
-    if role not in ('worker', 'server', 'scheduler'):
-        raise ValueError(f'DMLC_ROLE={role!r}: must be worker, server or scheduler')
+    right = {'DMLC_ROLE': 'worker|server|scheduler', 'DMLC_PS_ROOT_URI': '.+', 'DMLC_PS_ROOT_PORT': '[0-9]+',
+             'DMLC_NUM_WORKER': '[0-9]+', 'DMLC_NUM_SERVER': '[0-9]+'}
+    for name, pattern in right.items():
+        if not re.fullmatch(pattern, os.environ.get(name, '')):
+            raise ValueError(f"{name}={os.environ.get(name, '')!r}: kvstore = 'dist_sync' needs it to be {pattern} "
+                             '(README, several machines)')
     alone = threading.Timer(ALONE, give_up, [f'the cluster is not complete after {ALONE} s: are the scheduler at '
                             f'{os.environ["DMLC_PS_ROOT_URI"]}:{os.environ["DMLC_PS_ROOT_PORT"]}, '
                             f'{os.environ["DMLC_NUM_SERVER"]} server(s) and {os.environ["DMLC_NUM_WORKER"]} '
                             'worker(s) running, with the same DMLC_ variables?'])
     alone.daemon = True
     alone.start()
-    kv = mx.kv.create('dist_sync')  # a worker waits here for all the others
+    gpus = sum(ctx.device_type == 'gpu' for ctx in s.ctx)
+    kv = mx.kv.create('dist_device_sync' if gpus > 1 else 'dist_sync')  # a worker waits here for all the others
     kv.closing = threading.Event()
     kv.watcher = threading.Thread(target=watch, args=(kv, alone), daemon=True)
     kv.watcher.start()
-    if role == 'worker':
-        alone.cancel()
-        kv.init('vote', mx.nd.zeros(2))
-    else:
+    if role != 'worker':
         from mxnet.kvstore.kvstore_server import KVStoreServer
         KVStoreServer(kv).run()  # until the workers are done
         sys.exit()
+    alone.cancel()
+    kv.init('vote', mx.nd.zeros(2))
     return kv
 
 
@@ -986,8 +843,8 @@ def watch(kv, alone):
         if kv.closing.wait(2):
             return
         with contextlib.suppress(mx.MXNetError):  # ps-lite has no rank to tell before the cluster is complete
-            kv.rank
-            alone.cancel()
+            if kv.rank >= 0:
+                alone.cancel()
             mx.base._LIB.MXKVStoreGetNumDeadNode(kv.handle, 7, ctypes.byref(dead), DEAD)
     give_up(f'a process of the cluster has died (no heartbeat for {DEAD} s); start all again, resume = \'latest\'')
 
@@ -998,116 +855,115 @@ def give_up(message):
     os._exit(1)
 
 
-def vote(kv, *flags):
-    """The sum of each flag over the workers, known to all of them. Waits for the network, not for a device: the
-    steps that are queued go on meanwhile."""
+def vote(kv, *numbers):
+    """The sum of each of two numbers over the workers, known to all of them. Waits for the network, not for a device:
+    the steps that are queued go on meanwhile."""
     if not kv:
-        return flags
-    kv.push('vote', mx.nd.array(flags))
-    total = mx.nd.zeros(len(flags))
+        return numbers
+    kv.push('vote', mx.nd.array(numbers))
+    total = mx.nd.zeros(2)
     kv.pull('vote', out=total)
     return total.asnumpy().astype(int)
 
 
+def agreed_state(path, kv):
+    """What `find_state` returns. Raises ValueError where the workers of a cluster do not all find the same state."""
+    state, problem = (None, None), None
+    try:
+        state = find_state(path)
+    except ValueError as error:
+        problem = error
+    mark = zlib.crc32('{name} {epoch} {iteration}'.format(**state[0]).encode()) % 2 ** 16 if not problem else 0
+    if vote(kv, mark, 0)[0] != mark * (kv.num_workers if kv else 1):
+        problem = ValueError(f'{path}: the workers find different states, or some find none; out must be one folder '
+                             'for all')
+    if problem:
+        raise problem
+    return state
+
+
 # ---------------------------------------------------------------- main
 
-def load_data(s, rank=0, workers=1):
-    """The data's name, the iterator over this worker's share, and what `Coverage` needs of it, or None."""
-    if s.dataset == 'imagenet':
-        shape = (3, data.SIZE, data.SIZE)
-        return s.dataset, data.ImagenetIter(s.imgnet_path, s.batch_size, shape, s.ctx[0], workers, rank), None
-    name = s.dataset
-    if name == 'mnist':
-        try:
-            X, _, y, _ = data.get_mnist(s.mnist_path, labels=True)
-        except OSError as error:
-            if s.mnist_path or not s.fallback or workers > 1:  # several may not each decide on other data
-                raise
-            print(f"WARNING: {error}. Training on scikit-learn's 8x8 digits instead")
-            name = 'digits'
-    if name == 'digits':
-        X, _, y, _ = data.get_digits(labels=True)
-    share = len(X) // workers
-    if s.batch_size > share:
-        raise ValueError(f'batch_size = {s.batch_size}: larger than the data, {share} images a worker')
-    mine = slice(rank * share, (rank + 1) * share)
-    return name, data.PixelIter(X[mine], y[mine], s.batch_size, s.nc, s.ctx[0], s.conditional), (X, y)
-
-
-def print_networks(s, modules):
-    """A table of each network's layers; with `plot` also a picture."""
-    for net, mod in zip('GD', modules):
-        shapes = dict([*mod.data_shapes, *(mod.label_shapes or ())])
-        mx.viz.print_summary(mod.symbol, shapes)
-        if s.plot and shutil.which('dot'):
-            picture = mx.viz.plot_network(mod.symbol, shape=shapes, save_format='png')
-            try:
-                picture.render(os.path.join(s.out, f'net_{net}'), cleanup=True)
-            except subprocess.CalledProcessError as error:
-                print(f'WARNING: no picture of {net}: {error}')
-
-
-def run(s, stop):
-    """Train, with errors as exceptions; `s` is checked."""
+def set_up_and_train(s, stop, stack):
+    """Train; the settings are checked, and errors are exceptions. What is to be closed at the end goes to `stack`."""
     kv = connect(s)
+    check_devices(s)
     rank, workers = (kv.rank, kv.num_workers) if kv else (0, 1)
-    head = rank == 0  # the one that prints, shows and saves
-    with contextlib.ExitStack() as stack:
-        if head:
-            print('settings:', *(f'{name}={value!r}' for name, value in vars(s).items()))
-            print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
-            stack.enter_context(alone_in(s.out))
-        else:
-            stack.enter_context(contextlib.redirect_stdout(None))
-        checkpoint = find_checkpoint(s.resume, s.out) if s.resume else None
-        dataset, train_iter, real = load_data(s, rank, workers)
-        if checkpoint:
-            fits(s, dataset, checkpoint, workers)
-        rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], s.conditional)
-        modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data, kv)
-        start = restore(modules, checkpoint) if checkpoint else (0, 0, ())
-        log = coverage = None
-        if head:
-            log = stack.enter_context(contextlib.closing(Log(s.out, dataset, checkpoint, workers)))
-            coverage = Coverage(*real) if s.coverage and real else None
-            print_networks(s, modules)
-            print(f'data: {dataset}; run: {log.path(log.stamp)}')
-            print('metric: facc, fentropy of G, of D; then images/s; time left in the epoch, in the run')
-        stopped = train_loop(s, modules, train_iter, rand_iter, start, kv, log, coverage, stop)
-    if head and stopped:
-        kept = f"last checkpoint: {log.saved}; to go on: resume = 'latest'" if log.saved else 'nothing was saved'
-        print(f'stopped in epoch {stopped[0]} after iteration {stopped[1]}; {kept}')
-    elif head:
-        more = "; more: raise epochs, resume = 'latest'; images: sample = 64, resume = 'latest'" if log.saved else ''
-        print(f'done: everything is in {s.out}/{more}')
+    if rank:  # the first worker prints, shows and saves
+        stack.enter_context(contextlib.redirect_stdout(None))
+    print('settings:', *(f'{name}={value!r}' for name, value in vars(s).items()))
+    print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
+    folder = about = None
+    if s.resume:
+        if os.path.isdir(s.resume) and rank == 0:
+            folder = s.resume
+            lock(folder, stack)
+        about, arrays = agreed_state(s.resume, kv)
+    dataset, train_iter, labelled = data.load_data(s, rank, workers)
+    rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], s.conditional)
+    if about:
+        check_state(s, about, dataset)
+    modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data, kv)
+    if about:
+        restore(modules, about, arrays)
+    if rank == 0 and not folder:
+        folder = new_folder(s.out, dataset)
+        lock(folder, stack)
+        if about:  # a new run that begins from another one's state takes that one's log along
+            about['name'] = os.path.basename(folder)
+            with contextlib.suppress(OSError):
+                shutil.copy(os.path.join(os.path.dirname(s.resume), 'log.csv'), folder)
+    run = Run(s, folder, getattr(train_iter, 'num_data', math.nan) / s.batch_size, workers, about)
+    for title, mod in zip('GD', modules):
+        print_network(s, title, mod, folder)
+    print(f'data: {dataset}; run: {folder}')
+    print('metric: facc, fentropy of G, of D; then images/s; time left in the epoch, in the run')
+    coverage = data.Coverage(*labelled) if s.coverage and labelled else None
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
+            stack.callback(signal.signal, signum, signal.signal(signum, stop.handle))
+    train_loop(s, modules, train_iter, rand_iter, run, coverage, kv, stop)
+    if stop.agreed:
+        kept = f"last state: {run.saved}; to go on: resume = 'latest'" if run.saved else 'nothing was saved'
+        print(f'stopped in epoch {run.epoch} after iteration {run.iteration}; {kept}')
+    else:
+        more = "; more: raise epochs, resume = 'latest'; images: sample = 64, resume = 'latest'" if run.saved else ''
+        print(f'done: everything is in {folder}/{more}')
     if kv:
         disconnect(kv)
-    if stopped:
+    if stop.agreed:
         sys.exit(128 + (stop.signum or signal.SIGTERM))
 
 
 def train(settings):
     """Train as the settings say; with `sample`, make images instead.
 
-    Raises SystemExit: with one line that says what is wrong and what to do, or with 130 (Ctrl-C) or 143 (SIGTERM).
+    Raises SystemExit: with one line that says what is wrong and what to do, or with 128 and the number of the signal
+    that ended it: 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP), 141 (a pipe that nobody reads).
     """
     paths = {name: os.fspath(value) for name, value in vars(settings).items() if isinstance(value, os.PathLike)}
     ctx = settings.ctx
     s = dataclasses.replace(settings, ctx=list(ctx) if isinstance(ctx, (list, tuple)) else [ctx], **paths)
-    with contextlib.suppress(AttributeError):  # not every stdout is a file
-        sys.stdout.reconfigure(line_buffering=True)
+    stop = Stop(sys.stdout or io.StringIO())
     try:
-        check(s)
-        if s.sample:
-            return make_samples(s)
-        with Stop() as stop:
-            run(s, stop)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(stop))
+            check(s)
+            s.lr = s.lr or min(0.001, 0.04 / max(s.ngf, s.ndf))
+            if s.resume == 'latest':
+                s.resume = os.path.realpath(os.path.join(s.out, 'latest'))
+            if s.sample:
+                make_samples(s)
+            else:
+                set_up_and_train(s, stop, stack)
     except (ValueError, OSError, mx.MXNetError) as error:
-        if role:  # the end of a worker would wait for the others
-            give_up(last_line(error))
-        sys.exit(f'dcgan.py: {last_line(error)}')
-    except KeyboardInterrupt:  # while samples are made: elsewhere `Stop` takes it
-        sys.exit(130)
+        if data.ROLE:  # the end of a worker would wait for the others
+            give_up(data.last_line(error))
+        sys.exit(f'dcgan.py: {data.last_line(error)}')
+    except KeyboardInterrupt:  # before the loop and while samples are made; in the loop `Stop` takes it
+        (os._exit if data.ROLE else sys.exit)(130)
+    finally:
+        visual.close()
 
 
 if __name__ == '__main__':

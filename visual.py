@@ -1,9 +1,10 @@
-"""From arrays to pictures: mosaics and curves, as PNG files and, where there is a screen, in windows.
+"""From arrays to pictures: mosaics, curves and a film, on disk and, where there is a screen, in windows.
 
 The windows belong to a child process that shows the files as they change. OpenCV ends a process that has no screen,
-or loses it, without an exception; this way that is never the one that trains.
+or loses it, without an exception; the child process keeps that away from the training.
 """
 import atexit
+import glob
 import os
 import resource
 import signal
@@ -14,22 +15,21 @@ import time
 import cv2
 import numpy as np
 
-QUIT = ord('q')  # the viewer's exit status after that key
-_state = {}      # 'viewer': the child process; 'said': what has been printed once
+TITLES = ('gout', 'diff', 'data', 'loss')  # the windows, in the order of their places
+QUIT = ord('q')                            # the viewer's exit status after that key
+FILM_BYTES = 3_000_000
+_viewers = {}   # folder: the child process that shows its pictures, or None where there is no screen
+_warned = set()  # the kinds of warning that have been printed
 
+
+# ---------------------------------------------------------------- mosaics
 
 def tile(X, columns=None):
     """A mosaic of images, row by row.
 
-    Parameters
-    ----------
-    X : float array, (n, 1 or 3, height, width), RGB, [-1, 1]; what is beyond is clipped, NaN is black
-    columns : int
-        Images in a row; default: as many as make the mosaic square. The last row is padded with black.
-
-    Returns
-    -------
-    uint8 array, (rows * height, columns * width, 3), BGR
+    `X` is float (n, 1 or 3, height, width), RGB, [-1, 1]; what is beyond is clipped, NaN is black. `columns`: images in
+    a row; default: as many as make the mosaic square. The last row is padded with black.
+    Returns uint8 (rows * height, columns * width, 3), BGR.
     """
     n, c, h, w = X.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
@@ -40,24 +40,42 @@ def tile(X, columns=None):
     return mosaic.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3)
 
 
-def visual(title, X, out='out', display=True, columns=None):
-    """Show images as a mosaic: `tile`'s parameters, `show`'s effect."""
-    show(title, tile(X, columns), out, display)
+def by_digit(X, digits):
+    """(n, c, h, w) images and their (n,) digits -> as many rows of ten as n fills, digit d in column d.
+
+    A place without an image is black; images for which a column has no place left are not shown.
+    """
+    rows = -(-len(X) // 10)
+    table = np.full((rows, 10) + X.shape[1:], -1, X.dtype)
+    for digit in range(10):
+        column = X[digits == digit][:rows]
+        table[:len(column), digit] = column
+    return table.reshape((-1,) + X.shape[1:])
 
 
-def show(title, picture, out='out', display=True):
-    """Write a BGR picture to `<out>/<title>.png` and, where a window can open, have it shown in one."""
+def visual(title, X, out='out', display=True, digits=None):
+    """Show images as a mosaic: `tile`'s X, with `digits` (n,) a digit in each of ten columns; then `show_picture`."""
+    show_picture(title, tile(X) if digits is None else tile(by_digit(X, digits), 10), out, display)
+
+
+def show_picture(title, picture, out='out', display=True):
+    """Write a BGR picture to `<out>/<title>.png` and show it in a window, where one can open.
+
+    What fails is said once and does not end the run.
+    """
     try:
         os.makedirs(out, exist_ok=True)
         save(os.path.join(out, f'{title}.png'), picture)
     except OSError as error:
-        _say(f'WARNING: no picture can be written ({error}); the run goes on')
+        _warn_once('write', f'WARNING: no picture can be written ({error}); the run goes on')
         return
     if display:
-        if 'viewer' not in _state:
-            _state['viewer'] = _start_viewer(out)
-        if _state['viewer'] is None or _state['viewer'].poll() not in (None, QUIT):
-            _say(f'no window can be shown here (python visual.py {out} says why); the pictures are in {out}')
+        if out not in _viewers:
+            _viewers[out] = _start_viewer(out)
+        viewer = _viewers[out]
+        if viewer is None or viewer.poll() not in (None, QUIT):
+            _warn_once('window', f'no window can be shown here (python visual.py {out} says why); the pictures are in '
+                                 f'{out}')
 
 
 def save(path, picture):
@@ -67,69 +85,116 @@ def save(path, picture):
     os.replace(path + '.tmp', path)
 
 
-def quit_pressed():
-    """Whether q was pressed in a window."""
-    viewer = _state.get('viewer')
-    return viewer is not None and viewer.poll() == QUIT
+def film(out):
+    """Join the mosaics `gout-*.png` of a folder, in the order of their names, to `film.webp` of at most 3 MB.
+
+    It has about fifty frames, evenly chosen, and fewer where these would be too large. What fails is said once.
+    """
+    paths = sorted(glob.glob(os.path.join(glob.escape(out), 'gout-*.png')))
+    temporary = os.path.join(out, 'film.tmp.webp')
+    if not paths:
+        return
+    try:
+        for count in (50, 25, 12, 6, 2):
+            animation = cv2.Animation()
+            chosen = sorted({(len(paths) - 1) * k // count for k in range(count + 1)})
+            animation.frames = [cv2.imread(paths[i]) for i in chosen]
+            animation.durations = [400] * (len(chosen) - 1) + [2500]  # milliseconds
+            cv2.imwriteanimation(temporary, animation, [cv2.IMWRITE_WEBP_QUALITY, 60])
+            if os.path.getsize(temporary) <= FILM_BYTES:
+                os.replace(temporary, os.path.join(out, 'film.webp'))
+                return
+        raise OSError('its pictures are too large')
+    except (OSError, AttributeError, cv2.error) as error:  # a full disk, OpenCV before 4.11, a damaged picture
+        _warn_once('film', f'WARNING: {out}/film.webp cannot be written ({str(error).strip()}); the run goes on')
+
+
+# ---------------------------------------------------------------- curves
+
+LEFT, RIGHT, TOP, BOTTOM = 50, 610, 35, 435  # the axes in a picture of 640x480 pixels
+COLOURS = ((0, 94, 213), (178, 114, 0), (115, 158, 0))  # BGR; colour-blind eyes can tell them apart
+BLACK = (0, 0, 0)
 
 
 def plot(iterations, curves):
-    """A line chart of losses, 640x480, BGR.
+    """A line chart of losses, 640x480, BGR: each value in a pale colour, their moving mean in a strong one.
 
-    Parameters
-    ----------
-    iterations : (n,) where the values were taken, ascending; n is 1 or more
-    curves : {name: (n,) values}; at most three curves
+    `iterations` (n,): where the values were taken, ascending; n is 1 or more. `curves`: {name: (n,) values}, at most
+    three; what is not finite is left out.
     """
-    left, right, top, bottom = 50, 610, 35, 435  # of the axes, in a picture of 640x480
-    colours = np.array([(0, 94, 213), (178, 114, 0), (115, 158, 0)])  # told apart by colour-blind eyes too
     picture = np.full((480, 640, 3), 255, np.uint8)
     peaks = [np.percentile(v[np.isfinite(v)], 99) for v in curves.values() if np.isfinite(v).any()]
-    y_limit = 1.1 * max([0.5, *peaks])  # a rare peak is cut off: it would flatten all the rest
-    x_limit = iterations[-1]
-
-    def x_of(iteration):
-        return left + iteration / x_limit * (right - left)
-
-    def y_of(value):
-        return bottom - np.clip(value / y_limit, 0, 1) * (bottom - top)
-
-    def text(string, x, y, colour=(0, 0, 0)):
-        font = cv2.FONT_HERSHEY_SIMPLEX, 0.45
-        width = cv2.getTextSize(string, *font, 1)[0][0]
-        cv2.putText(picture, string, (int(min(x - width / 2, 640 - width)), int(y)), *font, colour, 1, cv2.LINE_AA)
-
-    def ticks(limit):
-        step = 10 ** np.floor(np.log10(limit))
-        step *= next(f for f in (0.2, 0.5, 1, 2) if limit / (step * f) <= 6)
-        return np.arange(0, limit + step / 1000, step)
-
-    for value in ticks(y_limit):
-        cv2.line(picture, (left, int(y_of(value))), (right, int(y_of(value))), (225, 225, 225))
-        text(f'{value:,.10g}', left / 2, y_of(value) + 5)
-    for value in ticks(x_limit):
-        cv2.line(picture, (int(x_of(value)), bottom), (int(x_of(value)), bottom + 4), (0, 0, 0))
-        text(f'{value:,.10g}', x_of(value), bottom + 18)
-    text('iterations', (left + right) / 2, 472)
-    for mean in (False, True):  # the values in pale, then on top what they do on average
-        for i, (name, v) in enumerate(curves.items()):
-            points = np.stack([x_of(iterations), y_of(v)])[:, np.isfinite(v)]
-            n = max(1, len(v) // 50) if mean else 1
-            points = [np.convolve(p, np.full(n, 1 / n), 'valid') for p in points if len(p) >= n]
-            points = np.int32(np.rint(points)).T.reshape(-1, 1, 2)
-            colour = (colours[i] if mean else 255 - (255 - colours[i]) // 3).tolist()
-            cv2.polylines(picture, [points], False, colour, 1 + mean, cv2.LINE_AA)
-            if mean:
-                text(f'entropy of {name}', left + 60 + 130 * i, top - 12, colour)
-                for point in points[-1:, 0].tolist():
-                    cv2.circle(picture, point, 3, colour, -1, cv2.LINE_AA)  # even one value shows
-    cv2.rectangle(picture, (left, top), (right, bottom), (0, 0, 0))
+    x_scale = (RIGHT - LEFT) / iterations[-1]
+    y_limit = 1.1 * max([0.5, *peaks])  # a rare peak is cut off, for it would flatten all the rest
+    y_scale = (BOTTOM - TOP) / y_limit
+    for value in _ticks(y_limit):
+        y = int(BOTTOM - value * y_scale)
+        cv2.line(picture, (LEFT, y), (RIGHT, y), (225, 225, 225))
+        _text(picture, f'{value:,.10g}', LEFT / 2, y + 5)
+    for value in _ticks(iterations[-1]):
+        x = int(LEFT + value * x_scale)
+        cv2.line(picture, (x, BOTTOM), (x, BOTTOM + 4), BLACK)
+        _text(picture, f'{value:,.10g}', x, BOTTOM + 18)
+    _text(picture, 'iterations', (LEFT + RIGHT) / 2, 472)
+    lines = []
+    for name, v, colour in zip(curves, curves.values(), COLOURS):
+        finite = np.isfinite(v)
+        y = BOTTOM - np.clip(v[finite] * y_scale, 0, BOTTOM - TOP)
+        line = np.stack([LEFT + iterations[finite] * x_scale, y])
+        _draw(picture, line, [255 - (255 - c) // 3 for c in colour], 1)
+        lines.append((name, colour, line))
+    for i, (name, colour, line) in enumerate(lines):  # above all the pale ones
+        n = max(1, len(iterations) // 50)
+        total = np.cumsum(np.pad(line, ((0, 0), (1, 0))), axis=1)
+        mean = (total[:, n:] - total[:, :-n]) / n  # of n neighbours
+        _text(picture, f'entropy of {name}', LEFT + 60 + 130 * i, TOP - 12, colour)
+        _draw(picture, mean, colour, 2)
+        for x, y in np.rint(mean[:, -1:]).astype(int).T.tolist():  # a single value shows, too
+            cv2.circle(picture, (x, y), 3, colour, -1, cv2.LINE_AA)
+    cv2.rectangle(picture, (LEFT, TOP), (RIGHT, BOTTOM), BLACK)
     return picture
 
 
-def _say(message):
-    if message[:20] not in _state.setdefault('said', set()):
-        _state['said'].add(message[:20])
+def _draw(picture, line, colour, thickness):
+    """Draw a (2, k) line, by no more of its points than there are columns of pixels."""
+    chosen = np.unique(np.linspace(0, line.shape[1] - 1, RIGHT - LEFT).astype(int)) if line.size else []
+    points = np.rint(line[:, chosen]).astype(np.int32).T.reshape(-1, 1, 2)
+    cv2.polylines(picture, [points], False, colour, thickness, cv2.LINE_AA)
+
+
+def _ticks(limit):
+    """Round values from 0 to the limit, at most seven."""
+    step = 10 ** np.floor(np.log10(limit))
+    step *= next(factor for factor in (0.2, 0.5, 1, 2) if limit / (step * factor) <= 6)
+    return np.arange(0, limit + step / 1000, step)
+
+
+def _text(picture, string, x, y, colour=BLACK):
+    """Write a string whose middle is at x, as far as it stays within the picture."""
+    font = cv2.FONT_HERSHEY_SIMPLEX, 0.45
+    width = cv2.getTextSize(string, *font, 1)[0][0]
+    cv2.putText(picture, string, (int(min(x - width / 2, 640 - width)), int(y)), *font, colour, 1, cv2.LINE_AA)
+
+
+# ---------------------------------------------------------------- windows
+
+def quit_pressed():
+    """Whether q was pressed in a window."""
+    return any(viewer and viewer.poll() == QUIT for viewer in _viewers.values())
+
+
+def close():
+    """Close the windows. The next picture opens new ones."""
+    for viewer in filter(None, _viewers.values()):
+        viewer.kill()
+        viewer.wait()
+    _viewers.clear()
+    _warned.clear()
+
+
+def _warn_once(kind, message):
+    if kind not in _warned:
+        _warned.add(kind)
         print(message, flush=True)
 
 
@@ -137,7 +202,7 @@ def _start_viewer(out):
     """A child process with the windows, or None; waits until the first one is open."""
     if sys.platform.startswith('linux') and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
         return None
-    try:  # a session of its own: Ctrl-C in the terminal is for the training
+    try:  # in a session of its own: Ctrl-C in the terminal is for the training
         viewer = subprocess.Popen([sys.executable, __file__, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                   start_new_session=True)
     except OSError:
@@ -147,30 +212,40 @@ def _start_viewer(out):
     return viewer
 
 
+def _place(title, picture):
+    """Give a window its size and place: a screen of 1920x1080 holds the mosaics side by side, the curves below."""
+    height, width = picture.shape[:2]
+    scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
+    width, height = int(width * scale), int(height * scale)
+    row, column = divmod(TITLES.index(title), 3)
+    cv2.resizeWindow(title, width, height)
+    cv2.moveWindow(title, 5 + column * (width + 10), 22 + row * 556)  # 22 leaves room for the title bar
+
+
 def _view(out):
     """Show the four pictures, and each again when its file changes, until q is pressed or the training has ended."""
-    signal.alarm(20)  # a screen that does not answer by then is none
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # where there is none OpenCV aborts; that is no crash to keep
-    parent, shown, opened = os.getppid(), {}, {}
+    signal.alarm(20)  # a screen that does not answer by then counts as none
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # OpenCV aborts where there is no screen: no core file for that
+    parent = os.getppid()
+    shown, opened, placed = {}, {}, set()  # title: its file's time, and when its window opened; the titles in place
     while os.getppid() == parent:
-        for i, title in enumerate(('gout', 'diff', 'data', 'loss')):
+        for title in TITLES:
             path = os.path.join(out, f'{title}.png')
-            version = os.path.exists(path) and (os.stat(path).st_mtime_ns, time.time() > opened.get(title, np.inf) + 1)
-            picture = cv2.imread(path) if version and version != shown.get(title) else None
+            changed = os.stat(path).st_mtime_ns if os.path.exists(path) else None
+            # a window that is moved while it opens may stay blank: it gets its place a second later
+            place = title in opened and title not in placed and time.time() > opened[title] + 1
+            picture = cv2.imread(path) if changed != shown.get(title) or place else None
             if picture is None:
                 continue
-            before, shown[title] = shown.get(title), version
-            if before is None:
+            shown[title] = changed
+            if title not in opened:
                 cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
                 opened[title] = time.time()
             elif cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) == 0:
-                continue  # closed by a person: it stays away
-            elif version[1] > before[1]:  # a second later: one moved while it opens may stay blank
-                height, width = picture.shape[:2]  # 1920x1080 holds three mosaics side by side, the curves below them
-                scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
-                height, width = int(height * scale), int(width * scale)
-                cv2.resizeWindow(title, width, height)
-                cv2.moveWindow(title, 5 + i % 3 * (width + 10), 22 + i // 3 * 556)  # 22: room for the title bar
+                continue  # a person has closed it: it stays closed
+            elif place:
+                placed.add(title)
+                _place(title, picture)
             cv2.imshow(title, picture)
         if cv2.waitKey(50) & 0xff == QUIT:
             sys.exit(QUIT)

@@ -1,11 +1,38 @@
-"""How fast the program is, and beside what: one command without arguments, about eight minutes, tables on stdout.
+"""How fast the program is, and beside what: one command without arguments, about twelve minutes, tables on stdout.
 
     pip install -r tests/benchmark-requirements.txt && python tests/benchmark.py
 
 Whatever is measured runs in a process of its own (this file again, with a function's name), one after another and
 interleaved, so that a slow minute of the machine is not one candidate's alone. Leave the machine alone meanwhile.
+One table or one figure alone, and of another version of the program (a folder with its dcgan.py):
+
+    python tests/benchmark.py host_costs
+    CHECKOUT=../other python tests/benchmark.py program 64 64 30    # batch, width, iterations: steps/s, the last line
+
+The tables, with figures from the README's machine (two cores):
+
+- The README explains (a) to (d): this program, the textbook loop twice, PyTorch. Beside them stand products of two
+  2048x2048 float32 matrices: (e) by OpenBLAS, from NumPy and from MXNet, 251 GFLOP/s; (f) by oneDNN, which also
+  computes the convolutions, 486 GFLOP/s. OpenBLAS may know fewer vector instructions than oneDNN.
+- To compare with these, (a) is counted in GFLOP: 2.24 an image, from the shapes of the layers. A step goes through a
+  network eleven times. D is passed forward three times, backward to its weights twice and to its input three times;
+  G once each. A multiply-add is two operations; nothing else is counted. 153 images/s are 343 GFLOP/s.
+- Other batches at width 64, images/s: 16: 132, 32: 153, 64: 153, 128: 159, 256: 155.
+- Other widths (ngf = ndf) at batch 64, images/s: 16: 1195, 32: 461, 64: 153, 128: 41.
+- What the host costs: networks of width 1, where hardly anything is left to compute. A GPU computes the networks; the
+  rest stays with the host, and while the host makes a line and its pictures the GPU waits.
+- Memory: the second module of step 7 costs 3 MB.
+- Several machines, here a server and the workers on two cores: one worker 133 images/s, two with a thread each 144.
+  A worker sends 25 MB of gradients a step and receives as many. The batch per worker from which on a server's link
+  takes less time than a GPU of 5,000 images/s, with as many servers as workers (else times workers / servers):
+
+      network       smallest batch
+      1 Gbit/s      1,015
+      10 Gbit/s     102
+      25 Gbit/s     41
 """
 import contextlib
+import glob
 import importlib.metadata
 import importlib.util
 import json
@@ -21,11 +48,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.dirname(HERE), HERE]
+sys.path[:0] = [os.environ.get('CHECKOUT') or os.path.dirname(HERE), HERE]
 
 REPETITIONS = 5
 ITERATIONS = 30         # of the program: a line every ten; what comes before the first is warm-up
@@ -35,7 +63,20 @@ PRODUCTS, SIZE = 12, 2048  # how many, and rows and columns of each matrix
 BATCH, WIDTH, NC, Z = 64, 64, 1, 100  # the program's defaults
 BATCHES, WIDTHS, FEW, MORE = (16, 32, 64, 128, 256), (16, 32, 64, 128), 20, 40  # iterations: of large ones, of small
 CLUSTER_ITERATIONS = 20
+LINE = 10               # iterations from a printed line to the next
+EPOCH = 670             # iterations for `host`: 140 epochs have 9,380 lines, which MNIST has after 100
+WARM_UP, LINES = 2, 20  # lines: before the measured ones, measured
+HOST_REPETITIONS = 3
 TIMEOUT = 600  # seconds for any one process
+GPU, NETWORKS = 5000, (1, 10, 25)  # images/s; Gbit/s
+# milliseconds, `host_costs` of the version before (commit 135f12a): medians of five runs on two cores, while other work
+# had both of its cores: compare the processor times, which that hardly changes; the others are too long.
+BEFORE = {
+    'a step': 71.0, 'queueing a step, processor time': 2.4,
+    'a step and a tenth of a line after 100 lines': 73.0, 'a line with pictures after 100 lines': 151.0,
+    'a line with pictures after 100 lines, processor time': 44.7,
+    'a step and a tenth of a line after 9,380 lines': 93.2, 'a line with pictures after 9,380 lines': 216.4,
+    'a line with pictures after 9,380 lines, processor time': 67.5}
 
 
 # ---------------------------------------------------------------- what runs in a process of its own
@@ -53,7 +94,7 @@ def images(n):
 
 def write_mnist(folder, n):
     """MNIST's four files with n training images: as many batches as wanted, in one epoch."""
-    pixels = np.pad(digits(n, 3) * 15, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
+    pixels = np.resize(np.pad(digits(1797, 3) * 15, ((0, 0), (2, 2), (2, 2))).astype(np.uint8), (n, 28, 28))
     for part, count in (('train', n), ('t10k', 1)):
         with open(os.path.join(folder, f'{part}-images-idx3-ubyte'), 'wb') as file:
             file.write(struct.pack('>4I', 0x803, count, 28, 28) + pixels[:count].tobytes())
@@ -61,30 +102,133 @@ def write_mnist(folder, n):
             file.write(struct.pack('>2I', 0x801, count) + bytes(count))
 
 
-def program(batch_size, width, iterations, workers=0):
-    """Steps/s of the program's own loop, everything that it does between two printed lines included.
+def on_digits(folder, iterations, workers=1, **settings):
+    """The settings of a run on the CPU with as many iterations an epoch and no work at its end but a picture."""
+    import dcgan
+    write_mnist(folder, settings.get('batch_size', BATCH) * iterations * workers)
+    return dcgan.Settings(**{**dict(
+        dataset='mnist', mnist_path=folder, out=os.path.join(folder, 'out'), batch_size=BATCH, nc=NC, Z=Z, epochs=1,
+        ctx=dcgan.mx.cpu(), display=False, coverage=False, check_point=False), **settings})
 
-    `workers`: of a cluster, which the environment describes. None where this process prints no lines.
+
+def program(batch_size, width, iterations, workers=0):
+    """Steps/s of the program's own loop from the first line to the last, everything that it does there included.
+
+    `iterations`: a multiple of ten; `workers`: of a cluster, which the environment describes.
     """
     import dcgan
-    lines, write = [], dcgan.Log.write
+    step, times = dcgan.train_step, []
 
-    def timed_write(log, **row):
-        if 'images_per_second' in row:
-            lines.append((time.perf_counter(), row['iteration']))
-        write(log, **row)
+    def timed_step(*args):
+        if len(times) in (LINE, iterations):
+            dcgan.mx.nd.waitall()  # at both ends of what is measured no work is left in the queue
+        times.append(time.perf_counter())
+        return step(*args)
 
-    dcgan.Log.write = timed_write  # at this point the loop has waited for the iteration's answers
-    with tempfile.TemporaryDirectory() as folder:
-        write_mnist(folder, batch_size * iterations * max(1, workers))
-        dcgan.train(dcgan.Settings(
-            dataset='mnist', mnist_path=folder, out=os.path.join(folder, 'out'), batch_size=batch_size, ngf=width,
-            ndf=width, nc=NC, Z=Z, epochs=1, ctx=dcgan.mx.cpu(), kvstore='dist_sync' if workers else 'device',
-            display=False, coverage=False, check_point=False))
-    if not lines:
-        return None
-    (start, first), (end, last) = lines[0], lines[-1]
-    return (last - first) / (end - start)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(dcgan, 'train_step', timed_step):
+        dcgan.train(on_digits(  # and one iteration more, which begins when the last line is done
+            folder, iterations + 1, max(1, workers), batch_size=batch_size, ngf=width, ndf=width,
+            kvstore='dist_sync' if workers else 'device'))
+    return (iterations - LINE) / (times[iterations] - times[LINE])
+
+
+def bare():
+    """Milliseconds of a step of networks of width 1, and of this thread's processor time for its call, which only
+    queues it; for each ten steps."""
+    import data
+
+    import dcgan  # first: it prepares MXNet
+    s = dcgan.Settings(ctx=[dcgan.mx.cpu()], ngf=1, ndf=1, nc=NC, Z=Z, batch_size=BATCH)
+    pixels = (digits(LINE * BATCH, 8)[:, None] * 15).astype(np.uint8)
+    train_iter = data.PixelIter(pixels, np.zeros(len(pixels)), BATCH, NC, s.ctx[0])
+    rand_iter = data.RandIter(BATCH, Z, s.ctx[0])
+    modules = dcgan.make_modules(s, train_iter.provide_data, rand_iter.provide_data)
+    labels, steps = [f(BATCH) for f in (dcgan.mx.nd.zeros, dcgan.mx.nd.ones)], []
+    for _ in range(WARM_UP + LINES):
+        began, queueing = time.perf_counter(), 0
+        train_iter.reset()
+        for batch in train_iter:
+            rbatch = rand_iter.next()
+            call = time.thread_time()
+            dcgan.train_step(*modules, rbatch, batch, *labels)
+            queueing += time.thread_time() - call
+        dcgan.mx.nd.waitall()
+        steps.append((1000 * (time.perf_counter() - began) / LINE, 1000 * queueing / LINE))
+    return steps[WARM_UP:]
+
+
+class Clock:
+    """Stands in for `train_step` in a run that is to be measured after as many lines.
+
+    The lines before are the loop's own, but without steps (all have the first one's results) and without pictures:
+    with them they would take hours. `marks`: at the first step after each measured line the time, then so far the
+    seconds outside of the steps, this thread's processor seconds there, and the mosaics.
+    """
+
+    def __init__(self, lines, step, tile, waitall):
+        self.step, self.tile, self.waitall = step, tile, waitall
+        self.first, self.last = LINE * lines, LINE * (lines + WARM_UP + LINES)  # the calls that are steps
+        self.calls = self.mosaics = 0
+        self.outside, self.end = np.zeros(2), self.now()
+        self.marks, self.skipping = [], contextlib.ExitStack()
+
+    @staticmethod
+    def now():
+        return np.array([time.perf_counter(), time.thread_time()])
+
+    def __call__(self, *args):
+        now = self.now()
+        self.outside += now - self.end
+        if self.calls == self.first:
+            self.skipping.close()
+        if self.first + LINE * WARM_UP <= self.calls <= self.last and self.calls % LINE == 0:
+            self.marks.append((now[0], *self.outside, self.mosaics))
+        if self.calls == 0 or self.first <= self.calls < self.last:
+            self.result = self.step(*args)
+        if self.calls in (0, self.last):
+            self.skip(*args[3:5])
+        self.calls += 1
+        if self.calls % LINE == 0:
+            self.waitall()  # what follows is the line, which would wait for the steps
+        self.end = self.now()
+        return self.result
+
+    def skip(self, latents, batch):
+        """Until `skipping` is closed have no pictures and always the same batches."""
+        import data
+
+        import visual
+
+        def small(*args, **kwargs):
+            return np.zeros((1, 1, 3), np.uint8)
+
+        for place, name, function in ((visual, 'tile', small), (visual, 'plot', small),
+                                      (data.PixelIter, 'getdata', lambda _: batch.data),
+                                      (data.RandIter, 'getdata', lambda _: latents.data)):
+            self.skipping.enter_context(mock.patch.object(place, name, function))
+
+    def count_tile(self, *args, **kwargs):
+        self.mosaics += 1
+        return self.tile(*args, **kwargs)
+
+
+def host(lines):
+    """What the program's loop does beside the steps of networks of width 1, after as many lines: for each ten
+    iterations and their line, the milliseconds, those outside of the steps, this thread's processor time in these, and
+    whether there were pictures."""
+
+    import dcgan  # first: it prepares MXNet
+    import visual
+    clock = Clock(lines, dcgan.train_step, visual.tile, dcgan.mx.nd.waitall)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(dcgan, 'train_step', clock), \
+            mock.patch.object(visual, 'tile', clock.count_tile):
+        dcgan.train(on_digits(folder, EPOCH, ngf=1, ndf=1, epochs=lines * LINE // EPOCH + 1))
+        (log,) = set(map(os.path.realpath, glob.glob(f'{folder}/out/**/*.csv', recursive=True)))
+        with open(log) as file:
+            if len(file.readlines()) <= lines + WARM_UP + LINES:
+                raise RuntimeError('the log is shorter than it should be')
+    return [(1000 * total, 1000 * outside, 1000 * busy, bool(mosaics))
+            for total, outside, busy, mosaics in np.diff(clock.marks, axis=0).tolist()]
 
 
 def textbook(own_threads, steps):
@@ -97,12 +241,12 @@ def textbook(own_threads, steps):
     import textbook as loop
     X, times = images(BATCH * (steps + 3)), []
 
-    class Clock:
+    class Images:
         def __getitem__(self, rows):  # once a step, when the one before has ended
             times.append(time.perf_counter())
             return X[rows]
 
-    loop.train(Clock(), steps + 3, WIDTH, WIDTH, NC, Z, BATCH, seed=1)
+    loop.train(Images(), steps + 3, WIDTH, WIDTH, NC, Z, BATCH, seed=1)
     return steps / (times[-1] - times[2])  # two to warm up
 
 
@@ -181,8 +325,9 @@ def product(function):
 
 def memory(twin):
     """Peak MB of a process that trains with the program's step; without the twin, D itself is used in step 7."""
-    import dcgan
     import data
+
+    import dcgan
     mx, s, rand_iter = dcgan.mx, dcgan.Settings(ctx=[dcgan.mx.cpu()]), data.RandIter(BATCH, Z)
     data_shapes, label_shapes = [('data', (BATCH, NC, 64, 64))], [('label', (BATCH,))]
     if twin:
@@ -266,8 +411,7 @@ def cluster(workers, cores):
         for _ in range(workers):
             children.append(start(*args, **roles, DMLC_ROLE='worker', OMP_NUM_THREADS=threads))
         end = time.monotonic() + TIMEOUT
-        rates = [result(child, end - time.monotonic()) for child in children[2:]]
-        return next(rate for rate in rates if rate)  # rank 0's, whichever process that is
+        return min(result(child, end - time.monotonic()) for child in children[2:])
     finally:
         for process, _, _ in children:
             kill(process)
@@ -278,9 +422,8 @@ def cluster(workers, cores):
 def machine(cores):
     """One line: processor, cores used, vector width, versions."""
     info = {}
-    with contextlib.suppress(OSError):
-        with open('/proc/cpuinfo') as file:
-            info = dict(map(str.strip, line.split(':', 1)) for line in file if ':' in line)
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+        info = dict(map(str.strip, line.split(':', 1)) for line in file if ':' in line)
     flags = info.get('flags', '').split()
     bits = next((bits for flag, bits in (('avx512f', 512), ('avx2', 256), ('sse2', 128)) if flag in flags), '?')
     versions = []
@@ -359,6 +502,29 @@ def scaling(rate):
     table(['width (ndf = ngf), at batch 64', *map(str, WIDTHS)], [('images/s', *cells[len(BATCHES):])])
 
 
+def host_costs():
+    """What the host does for each step and each line, beside the version before."""
+    calls = {'': ('bare',), ' after 100 lines': ('host', 100), ' after 9,380 lines': ('host', 9380)}
+    runs = {name: [] for name in calls}
+    for _ in range(HOST_REPETITIONS):
+        for name, call in calls.items():
+            runs[name].append(result(start(*call, OMP_NUM_THREADS='1')))
+    figures = {'a step': [statistics.median(step for step, _ in run) for run in runs['']],
+               'queueing a step, processor time': [statistics.median(call for _, call in run) for run in runs.pop('')]}
+    for name, these in runs.items():
+        figures[f'a step and a tenth of a line{name}'] = [
+            statistics.mean(total for total, _, _, _ in run) / LINE for run in these]
+        for drawn, which in (False, 'without'), (True, 'with'):
+            lines = [[line for line in run if line[3] == drawn] for run in these]
+            for column, kind in (1, ''), (2, ', processor time'):
+                figures[f'a line {which} pictures{name}{kind}'] = [
+                    statistics.median(line[column] for line in run) for run in lines if run]
+    table(['networks of width 1, one thread; milliseconds', f'median of {HOST_REPETITIONS}', 'least .. most',
+           'version before'], [
+        (name, f'{statistics.median(ms):.1f}' if ms else 'none', f'{min(ms):.1f} .. {max(ms):.1f}' if ms else '',
+         str(BEFORE.get(name, 'none'))) for name, ms in figures.items()])
+
+
 def twin_memory():
     """What the module for input gradients costs."""
     peaks = [[result(start('memory', twin)) for twin in (False, True)] for _ in range(3)]
@@ -382,27 +548,26 @@ def clusters(cores):
             rows.append((str(workers), str(max(1, cores // workers)), f'failed: {error}', ''))
     table(['workers (and a server) on this machine', 'threads each', 'steps/s', 'images/s together'], rows)
     # A server of S takes in and gives out W / S * P bytes a step for W workers, which compute for batch / (images/s)
-    # seconds; at V bytes/s that is the longer one where V < W / S * P * (images/s) / batch.
-    print("""On paper, with as many servers as workers (else times workers / servers): the speed in each direction below
-which a server's link takes longer than a worker's computing, and the batch per worker from which on it takes less.
-Little of it overlaps (step 7 needs the updated D, the next step 1 the updated G), so that there a step takes up to
-twice as long as on one machine, and with ten times that batch a tenth longer.
-""")
-    table(['a GPU of', f'Gbit/s at batch {BATCH}', *(f'batch at {V} Gbit/s' for V in (1, 10, 25))], [
-        (f'{N} images/s', f'{8e-9 * P * N / BATCH:.1f}', *(f'{math.ceil(8e-9 * P * N / V)}' for V in (1, 10, 25)))
-        for N in (1000, 5000, 20000)])
+    # seconds; at V bytes/s that is the longer one where V < W / S * P * (images/s) / batch. Little of it overlaps (step
+    # 7 needs the updated D, the next step 1 the updated G): a step takes up to twice as long as on one machine there,
+    # and with ten times that batch a tenth longer.
+    table(['network', f'smallest batch per worker at {GPU:,} images/s, with as many servers as workers'], [
+        (f'{V} Gbit/s', f'{math.ceil(8e-9 * P * GPU / V):,}') for V in NETWORKS])
 
 
 def main():
-    if len(sys.argv) > 1:  # a child
+    if len(sys.argv) > 1:  # a child, or one table
         function, *args = sys.argv[1:]
-        print(json.dumps(globals()[function](*map(json.loads, args))))
+        found = globals()[function](*map(json.loads, args))
+        if found is not None:
+            print(json.dumps(found))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally clauses
     import joblib
     cores = joblib.cpu_count(only_physical_cores=True)
     print(machine(cores) + '\n', flush=True)
     scaling(compare(cores))
+    host_costs()
     twin_memory()
     clusters(cores)
 

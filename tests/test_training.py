@@ -1,27 +1,57 @@
-"""The networks, the step against the textbook, the metrics, and whole runs."""
+"""The networks, the step against the textbook, the metrics, the lines, and whole runs."""
+import contextlib
 import csv
-import glob
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 
+import data
+
+import mxnet as mx
 import numpy as np
 import pytest
+import textbook
+from conftest import ROOT, final_params, same_bits
 
 import dcgan
-import data
-import textbook
-from conftest import ROOT, final_params
+import visual
 
-mx = dcgan.mx
 LINE = re.compile(r"^epoch: (\d+) iter: (\d+) metric: \('facc', \d\.\d+\) \('fentropy', \d+\.\d+\) "
-                  r"\('fentropy', \d+\.\d+\) \d+/s \d+[smhd] \d+[smhd]$", re.M)
+                  r"\('fentropy', \d+\.\d+\) (\d+|\?)/s (\d+[smhd]|\?) (\d+[smhd]|\?)$", re.M)
 
 
 def floats(X, nc):
     return np.tile(X.astype(np.float32) / (255.0 / 2) - 1.0, (1, nc, 1, 1))
+
+
+def flat(params):
+    """{name: array} out of `final_params`, for both networks, without arg: and aux:."""
+    return {name[4:]: array for arrays in params.values() for name, array in arrays.items()}
+
+
+def rows(out):
+    """The newest run's log.csv."""
+    with open(os.path.join(out, 'latest', 'log.csv'), newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still, but for a step: each lasts `clock.step` seconds, the first in the process more."""
+    class Clock:
+        now, step, first_step = 1000., 1., 100.
+
+    def slow_step(*args, step=dcgan.train_step):
+        Clock.now += Clock.first_step or Clock.step
+        Clock.first_step = 0
+        return step(*args)
+
+    monkeypatch.setattr(dcgan, 'train_step', slow_step)
+    monkeypatch.setattr(dcgan.time, 'monotonic', lambda: Clock.now)
+    return Clock
 
 
 # ---------------------------------------------------------------- networks
@@ -65,6 +95,37 @@ def test_symbol_options_reach_the_layers():
     assert 'g5_bias' in gout.list_arguments() and 'd5_bias' in dloss.list_arguments()
 
 
+def layer_lines(out, title):
+    """The header and the layers' lines of a network: [(name, shape, parameters)]."""
+    lines = out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(f'{title}: '))
+    layers = [re.fullmatch(r' *(\w+) +\(([\d, ]+)\) +([\d,]+)', line).groups() for line in lines[first + 1:first + 6]]
+    return lines[first], [(name, tuple(map(int, shape.split(', '))), int(size.replace(',', '')))
+                          for name, shape, size in layers]
+
+
+@pytest.mark.parametrize('nc', [1, 3])
+def test_the_printed_networks_have_true_totals(capsys, nc):
+    s = dcgan.Settings(nc=nc, ctx=[mx.cpu()], batch_size=2)
+    modules = dcgan.make_modules(s, [('data', (2, nc, 64, 64))], [('rand', (2, 100, 1, 1))])
+    expected = {'G': (('g1', 512, 4), ('g2', 256, 8), ('g3', 128, 16), ('g4', 64, 32), ('g5', max(nc, 2), 64)),
+                'D': (('d1', 64, 32), ('d2', 128, 16), ('d3', 256, 8), ('d4', 512, 4), ('d5', 1, 1))}
+    for title, mod in zip('GD', modules):
+        dcgan.print_network(s, title, mod, None)
+        out = capsys.readouterr().out
+        header, layers = layer_lines(out, title)
+        assert out.count('\n') == 6
+        assert [layer[:2] for layer in layers] == [(name, (2, c, size, size)) for name, c, size in expected[title]]
+        arrays = mod.get_params()[0]
+        assert sum(size for _, _, size in layers) == sum(array.size for array in arrays.values())
+        assert header == f'{title}: {sum(array.size for array in arrays.values()):,} parameters'
+        weights = {name: array.size for name, array in arrays.items() if name.endswith('weight')}
+        assert all(weights[f'{name}_weight'] <= size <= weights[f'{name}_weight'] + 2 * shape[1]
+                   for name, shape, size in layers)
+        if (title, nc) == ('G', 1):
+            assert header == 'G: 3,575,680 parameters'
+
+
 # ---------------------------------------------------------------- the textbook is the judge
 
 @pytest.mark.parametrize('nc', [1, 3])
@@ -73,12 +134,11 @@ def test_training_equals_the_textbook_to_the_last_bit(tiny, nc, seed):
     s = tiny(nc=nc, seed=seed, batch_size=250, ngf=8, ndf=8)
     dcgan.train(s)
     expected, metrics = textbook.train(floats(data.get_digits()[0], nc), 6, 8, 8, nc, 8, 250, seed)
-    found = {name[4:]: array for arrays in final_params(s.out).values() for name, array in arrays.items()}
+    found = flat(final_params(s.out))
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name].tobytes() != expected[name].tobytes()] == []
     # the line's metrics, gathered late, are those of the steps
-    with open(glob.glob(f'{s.out}/*.csv')[0]) as file:
-        row = next(csv.DictReader(file))
+    row, = rows(s.out)
     assert np.allclose([float(row[name]) for name in ('facc', 'fentropy_G', 'fentropy_D')], np.mean(metrics, axis=0),
                        rtol=1e-6)
 
@@ -87,8 +147,30 @@ def test_every_epoch_has_its_own_latents(tiny):
     s = tiny(batch_size=750, epochs=2)
     dcgan.train(s)
     second = textbook.train(floats(data.get_digits()[0], 1), 2, 4, 4, 1, 8, 750, 3, epochs=2)[0]
-    found = {name[4:]: array for arrays in final_params(s.out).values() for name, array in arrays.items()}
+    found = flat(final_params(s.out))
     assert all(found[name].tobytes() == second[name].tobytes() for name in second)
+
+
+def test_the_gradients_sum_and_the_updates_wait_together(tiny, monkeypatch):
+    """Steps 5 and 8 run inside `mx.engine.bulk`: on a GPU each operator outside would wait for its stream."""
+    bulks, outside, inside = [], [], []
+
+    @contextlib.contextmanager
+    def bulk(size, bulk=mx.engine.bulk):
+        assert size >= 24  # the arrays of an update
+        with bulk(size):
+            bulks.append(size)
+            yield
+            bulks.pop()
+
+    def watched(original):
+        return lambda *args: (inside if bulks else outside).append(0) or original(*args)
+
+    monkeypatch.setattr(mx.engine, 'bulk', bulk)
+    monkeypatch.setattr(mx.nd.NDArray, '__iadd__', watched(mx.nd.NDArray.__iadd__))
+    monkeypatch.setattr(mx.mod.Module, 'update', watched(mx.mod.Module.update))
+    dcgan.train(tiny(batch_size=1500))
+    assert outside == [] and len(inside) == 11 + 2  # the gradients of D; the two networks
 
 
 def test_nothing_waits_between_two_lines(tiny, monkeypatch):
@@ -102,7 +184,26 @@ def test_nothing_waits_between_two_lines(tiny, monkeypatch):
     monkeypatch.setattr(dcgan, 'train_step', lambda *args: seen.append(len(calls)) or step(*args))
     dcgan.train(tiny())
     assert len(seen) == 15
-    assert seen[0] == seen[9] < seen[10] == seen[14]  # only the line after iteration 10 waited
+    # the first step has been waited for, and the line after iteration 10
+    assert seen[0] + 1 == seen[1] == seen[9] < seen[10] == seen[14]
+
+
+@pytest.mark.parametrize('conditional', [False, True])
+def test_the_metrics_of_a_line_cost_one_copy_from_the_device(tiny, monkeypatch, conditional):
+    """Counted between two lines; mx.cpu(1) stands for a GPU."""
+    copies, seen = [], []
+    for name in ('asnumpy', 'as_in_context'):
+        def counted(self, *args, original=getattr(mx.nd.NDArray, name), **kwargs):
+            if self.context == mx.cpu(1) and args != (mx.cpu(1),):
+                copies.append(self.shape)
+            return original(self, *args, **kwargs)
+        monkeypatch.setattr(mx.nd.NDArray, name, counted)
+    print_line = dcgan.Run.print_line
+    monkeypatch.setattr(dcgan.Run, 'print_line', lambda run: print_line(run) or seen.append(len(copies)))
+    monkeypatch.setattr(dcgan, 'show_pictures', lambda *args: None)
+    monkeypatch.setattr(dcgan, 'check_devices', lambda s: None)
+    dcgan.train(tiny(batch_size=50, ctx=mx.cpu(1), conditional=conditional))  # 30 iterations
+    assert [b - a for a, b in zip([0, *seen], seen)] == [1, 1, 1, 0]  # nothing is left for the end of the epoch
 
 
 # ---------------------------------------------------------------- metrics
@@ -116,8 +217,139 @@ def test_metrics_by_hand():
 
 
 def test_span():
-    assert [dcgan.span(x) for x in (None, 0, 99, 100, 5999, 6000, 359999, 1e6)] == [
+    assert [dcgan.span(x) for x in (float('nan'), 0, 99, 100, 5999, 6000, 359999, 1e6)] == [
         '?', '0s', '99s', '2m', '100m', '2h', '100h', '12d']
+
+
+def answers(to_fakes, to_reals, after_update, batch_size=4):
+    """What `train_step` returns third: D's answers, here always the same."""
+    return [mx.nd.full((batch_size, 1), value) for value in (to_fakes, to_reals, after_update)]
+
+
+def add(run, iterations, *answer):
+    """Count iterations in which D always says that, with a line every ten."""
+    for _ in range(iterations):
+        run.add(answers(*answer))
+        if run.iteration % 10 == 0:
+            run.print_line()
+
+
+def test_a_line_is_the_mean_of_its_iterations(tiny, capsys):
+    run = dcgan.Run(tiny(batch_size=4), None, 1000)
+    add(run, 9, 0.25, 0.75, 0.5)
+    add(run, 1, 0.75, 0.25, 1)
+    facc, entropy_G, entropy_D = re.findall(r"', ([\d.]+)\)", capsys.readouterr().out)
+    assert float(facc) == 0.9 and float(entropy_G) == round(0.9 * np.log(2), 2)
+    assert float(entropy_D) == round(0.9 * np.log(4 / 3) + 0.1 * np.log(4), 2)
+    add(run, 10, 0.75, 0.25, 1)  # the metrics begin anew
+    assert "('facc', 0.00) ('fentropy', 0.00) ('fentropy', 1.39)" in capsys.readouterr().out.replace('-0.00', '0.00')
+
+
+WON, OPEN = (1e-4, 1 - 1e-4, 1e-4), (0.4, 0.6, 0.4)  # D has won: its entropy is 0.0001 and G's 9.2; nobody has
+
+
+@pytest.mark.parametrize('course, expected', [
+    ([(190, WON)], 0), ([(200, WON)], 1), ([(400, WON)], 1), ([(190, WON), (10, OPEN), (190, WON)], 0),
+    ([(10, OPEN), (200, WON)], 1), ([(200, WON), (10, OPEN), (250, WON)], 1),
+    ([(300, (1e-4, 1 - 1e-4, 0.1))], 0), ([(300, (0.1, 0.9, 1e-4))], 0),
+], ids=['short', 'just', 'long', 'interrupted', 'later', 'twice', 'G is well', 'D is not sure'])
+def test_a_lost_game_is_said_once(tiny, capsys, course, expected):
+    run = dcgan.Run(tiny(batch_size=4), None, 1000)
+    for iterations, answer in course:
+        add(run, iterations, *answer)
+    warned = [line for line in capsys.readouterr().out.splitlines() if 'WARNING' in line]
+    assert len(warned) == expected and all('D' in line and 'lr' in line for line in warned)
+
+
+# ---------------------------------------------------------------- lines, speed, time left
+
+def lines(out):
+    """The lines of iterations: [(epoch, iteration, images/s, left of the epoch, of the run)], as text."""
+    return [match.groups() for match in LINE.finditer(out)]
+
+
+def test_the_last_iterations_of_an_epoch_have_a_line_of_their_own(tiny, capsys):
+    """14 iterations an epoch: each is in exactly one line, also in the log."""
+    s = tiny(epochs=2, batch_size=110)
+    expected, metrics = textbook.train(np.concatenate([floats(data.get_digits()[0], 1)] * 2), 14, 4, 4, 1, 8, 110, 3)
+    dcgan.train(s)
+    where = [('0', '10'), ('0', '14'), ('1', '10'), ('1', '14')]
+    assert [line[:2] for line in lines(capsys.readouterr().out)] == where
+    log = rows(s.out)
+    assert [(row['epoch'], row['iteration']) for row in log] == where
+    for row, mean in zip(log, (np.mean(metrics[:10], axis=0), np.mean(metrics[10:], axis=0))):
+        assert np.allclose([float(row[name]) for name in ('facc', 'fentropy_G', 'fentropy_D')], mean, rtol=1e-6)
+
+
+def test_an_epoch_that_ten_divides_has_no_further_line(tiny, capsys):
+    dcgan.train(tiny(batch_size=150))
+    assert [line[:2] for line in lines(capsys.readouterr().out)] == [('0', '10')]
+
+
+def test_the_speed_leaves_out_the_first_step(tiny, clock, capsys):
+    """The first lasts 100 s, each other one a second; that is said exactly, and the log has the whole time."""
+    s = tiny(epochs=2)
+    dcgan.train(s)
+    assert lines(capsys.readouterr().out) == [
+        ('0', '10', '100', '5s', '20s'), ('0', '15', '100', '0s', '15s'),
+        ('1', '10', '100', '5s', '5s'), ('1', '15', '100', '0s', '0s')]
+    assert [float(row['seconds']) for row in rows(s.out)] == [109, 114, 124, 129]
+    assert [float(row['images_per_second']) for row in rows(s.out)] == [100] * 4
+
+
+def test_a_speed_that_nobody_knows(tiny, clock, capsys):
+    """The only step of the first line is the one that is left out."""
+    s = tiny(batch_size=1500, epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', RuntimeWarning)
+        dcgan.train(s)
+    assert lines(capsys.readouterr().out) == [('0', '1', '?', '?', '?'), ('1', '1', '1500', '0s', '0s')]
+
+
+class Growing:
+    """Batches that nobody has counted, of epochs that become longer, as a .rec's may."""
+
+    def __init__(self, *lengths):
+        self.lengths, self.batch = list(lengths), data.PixelIter(*digits(), 50).next()
+        self.provide_data = [('data', (50, 1, 64, 64))]
+
+    def reset(self):
+        self.left = self.lengths.pop(0)
+
+    def iter_next(self):
+        self.left -= 1
+        return self.left >= 0
+
+    def __next__(self):
+        if not self.iter_next():
+            raise StopIteration
+        return self.batch
+
+
+def digits():
+    X, _, y, _ = data.get_digits(labels=True)
+    return X, y
+
+
+def test_time_left_is_never_negative_and_may_be_unknown(tiny, clock, capsys, monkeypatch):
+    monkeypatch.setattr(data, 'load_data', lambda *args: ('digits', Growing(5, 12, 14), None))
+    dcgan.train(tiny(batch_size=50, epochs=3))
+    assert [(epoch, iteration, *left) for epoch, iteration, _, *left in lines(capsys.readouterr().out)] == [
+        ('0', '5', '?', '?'),
+        ('1', '10', '0s', '5s'), ('1', '12', '0s', '5s'),  # expected: five iterations, as in the epoch before
+        ('2', '10', '2s', '2s'), ('2', '14', '0s', '0s')]
+
+
+def test_pictures_at_most_once_a_second(tiny, clock, monkeypatch):
+    """And the first at once, and at the end of each epoch."""
+    shown = []
+    monkeypatch.setattr(visual, 'show_picture', lambda title, *args: shown.append((title, round(clock.now, 2))))
+    clock.now, clock.first_step, clock.step = 0., 0, 0.03
+    dcgan.train(tiny(batch_size=10, epochs=2))  # 150 iterations an epoch, a line every 0.3 s
+    times = [when for title, when in shown if title == 'gout']
+    assert times == [0.3, 1.5, 2.7, 3.9, 4.5, 5.7, 6.9, 8.1, 9.0]
+    for title in ('diff', 'data', 'loss'):
+        assert [when for other, when in shown if other == title] == times
 
 
 # ---------------------------------------------------------------- whole runs
@@ -127,20 +359,24 @@ def test_a_run_as_a_child(child, tmp_path):
     env = {'HOME': '/dev/null', 'SCIKIT_LEARN_DATA': '/dev/null/data', 'DISPLAY': '', 'WAYLAND_DISPLAY': '',
            'http_proxy': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9', 'TMPDIR': str(tmp_path)}
     process = child(env=env, dataset='mnist', epochs=2, display=True, monitor=10)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert err == ''
     assert re.search(r"^WARNING: MNIST cannot be had from OpenML .*digits", out, re.M)
-    assert [match.groups() for match in LINE.finditer(out)] == [('0', '10'), ('1', '10')]
+    assert [line[:2] for line in lines(out)] == [('0', '10'), ('0', '15'), ('1', '10'), ('1', '15')]
     assert all(len(match.group()) <= 100 for match in LINE.finditer(out))
-    assert 'batch_size=100' in out and 'device: cpu(0)' in out and 'Total params' in out
+    assert 'batch_size=100' in out and 'device: cpu(0)' in out
+    assert [len(layer_lines(out, title)[1]) for title in 'GD'] == [5, 5]
     assert 'd1_backward' in out and 'gact5_output' in out  # the monitor
     assert out.count('no window') == 1
-    names = [re.sub(r'\d{4}(_\d\d){2}-\d\d_\d\d', 'STAMP', name) for name in os.listdir(tmp_path / 'out')]
-    assert sorted(names) == sorted([
-        '.lock', 'data.png', 'diff.png', 'gout.png', 'loss.png', 'gout-0000.png', 'gout-0001.png', 'digits_STAMP.csv',
-        'digits_D_STAMP-0000.params', 'digits_D_STAMP-0001.params', 'digits_D_STAMP-symbol.json',
-        'digits_G_STAMP-0000.params', 'digits_G_STAMP-0001.params', 'digits_G_STAMP-symbol.json',
-        'digits_STAMP-0000.json', 'digits_STAMP-0001.json', 'digits_STAMP-0000.states', 'digits_STAMP-0001.states'])
+    run = os.path.basename(os.path.realpath(tmp_path / 'out' / 'latest'))
+    assert re.fullmatch(r'digits_\d{4}(_\d\d){2}-\d\d_\d\d', run)
+    assert sorted(os.listdir(tmp_path / 'out')) == [run, 'latest']
+    stamp = run.split('_', 1)[1]
+    assert sorted(os.listdir(tmp_path / 'out' / run)) == sorted([
+        'data.png', 'diff.png', 'gout.png', 'loss.png', 'gout-0000.png', 'gout-0001.png', 'film.webp', 'log.csv',
+        *(f'digits_{net}_{stamp}-{end}' for net in 'GD' for end in ('0000.params', '0001.params', 'symbol.json')),
+        'state-0001-00000.npz', 'state-0002-00000.npz'])
     assert out.strip().splitlines()[-1].startswith('done: ')
 
 
@@ -149,9 +385,8 @@ def test_same_seed_same_run(tiny):
     for seed in (3, 3, 4):
         s = tiny(out=f'{tiny().out}{len(found)}', seed=seed)
         dcgan.train(s)
-        found.append({name: array.tobytes() for arrays in final_params(s.out).values()
-                      for name, array in arrays.items()})
-    assert found[0] == found[1] != found[2]
+        found.append(final_params(s.out))
+    assert same_bits(found[0], found[1]) and not same_bits(found[1], found[2])
 
 
 def test_coverage_pictures_and_monitor_do_not_disturb_the_run(tiny):
@@ -159,14 +394,14 @@ def test_coverage_pictures_and_monitor_do_not_disturb_the_run(tiny):
     for changes in ({}, dict(coverage=True, monitor=5, display=True, plot=True)):
         s = tiny(out=f'{tiny().out}{len(found)}', epochs=2, **changes)
         dcgan.train(s)
-        found.append({name: array.tobytes() for arrays in final_params(s.out).values()
-                      for name, array in arrays.items()})
-    assert found[0] == found[1]
-    assert all(os.path.exists(f'{s.out}/net_{net}.png') == bool(shutil.which('dot')) for net in 'GD')
+        found.append(final_params(s.out))
+    assert same_bits(*found)
+    assert all(os.path.exists(f'{s.out}/latest/net_{net}.png') == bool(shutil.which('dot')) for net in 'GD')
 
 
 def test_a_list_of_devices_can_be_written_into_the_settings():
-    @dcgan.editable
+    @dcgan.dataclasses.dataclass
+    @dcgan.allow_lists
     class Settings:
         ctx: object = [mx.cpu(0), mx.cpu(1)]
     assert Settings().ctx == [mx.cpu(0), mx.cpu(1)] and Settings().ctx is not Settings().ctx
@@ -178,7 +413,7 @@ def test_a_list_of_devices_can_be_written_into_the_settings():
     (dict(dataset='cifar'), ['cifar', 'mnist']), (dict(ngf=0), ['ngf', '1 or more']), (dict(ndf=-8), ['ndf']),
     (dict(Z=2.5), ['Z']), (dict(batch_size='64'), ['batch_size']), (dict(epochs=0), ['epochs']),
     (dict(batch_size=True), ['batch_size']), (dict(seed=-1), ['seed']), (dict(lr=-1), ['lr']),
-    (dict(beta1=1), ['beta1']), (dict(lr=float('nan')), ['lr']), (dict(nc=2), ['nc', '1, 3']),
+    (dict(beta1=1), ['beta1']), (dict(lr=float('nan')), ['lr']), (dict(nc=2), ['nc', '1 or 3']),
     (dict(dataset='imagenet', nc=1), ['nc = 3']), (dict(batch_size=1501), ['batch_size', 'larger than the data']),
     (dict(dataset='imagenet', nc=3, imgnet_path='no.rec'), ['no.rec', 'no such file']),
     (dict(dataset='mnist', mnist_path='nowhere'), ['nowhere', 'train-images-idx3-ubyte']),
@@ -186,8 +421,9 @@ def test_a_list_of_devices_can_be_written_into_the_settings():
     (dict(kvstore='mine'), ['mine']), (dict(sample=3), ['resume']), (dict(digits='12a'), ['12a']),
     (dict(ctx='gpu'), ['ctx', 'mx.cpu()']), (dict(ctx=[]), ['ctx']), (dict(ctx=mx.gpu(0)), ['gpu(0)', 'mx.cpu()']),
     (dict(ctx=[mx.cpu(0), mx.cpu(1), mx.cpu(2)]), ['batch_size', '3 devices']),
-    (dict(out='/dev/null/out'), ['/dev/null']), (dict(resume='nothing.json'), ['nothing.json']),
-    (dict(resume='latest'), ['no whole checkpoint']), (dict(kvstore='dist_sync'), ['DMLC_']),
+    (dict(out='/dev/null/out'), ['/dev/null']), (dict(out=''), ['out', 'folder']),
+    (dict(resume='nothing'), ['nothing', 'latest']), (dict(resume='latest'), ['latest']),
+    (dict(resume='x_G_y-0003.params'), ['resume', 'sample only']), (dict(kvstore='dist_sync'), ['DMLC_']),
     (dict(conditional=True, dataset='imagenet', nc=3), ['conditional']), (dict(digits=5551234), ['digits', 'quotes']),
     (dict(resume=True), ['resume', 'quotes']), (dict(out=None), ['out', 'quotes']), (dict(mnist_path=5), ['mnist_path']),
     (dict(conditional='no'), ['conditional', 'True or False']),
@@ -210,15 +446,39 @@ def test_a_gpu_that_the_wheel_has_no_code_for(tiny, monkeypatch):
         dcgan.train(tiny())
 
 
+def test_a_gpu_that_is_full(tiny, monkeypatch):
+    """MXNet would end the process; so its memory is looked at first. The defaults need more than 0.1 GB."""
+    used, ones = [], mx.nd.ones
+    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 1)
+    monkeypatch.setattr(mx.context, 'gpu_memory_info', lambda device_id=0: (10 ** 8, 8 * 10 ** 9))
+    monkeypatch.setattr(mx.nd, 'ones', lambda shape, ctx=None: used.append(ctx) or ones(shape))
+    with pytest.raises(SystemExit) as caught:
+        dcgan.train(dcgan.Settings(dataset='digits', ctx=mx.gpu(0), out=tiny().out))
+    needed = re.fullmatch(r'dcgan\.py: ctx = gpu\(0\): 0\.1 GB .* free, .* (\d+\.\d) GB .* needed; .*mx\.cpu\(\).*',
+                          caught.value.code)
+    assert 0.5 < float(needed[1]) < 4 and mx.gpu(0) not in used
+    # what is asked for grows with the networks and the batch, and room enough is enough
+    s = dcgan.Settings(ngf=256, ndf=256, batch_size=256, ctx=[mx.gpu(0)])
+    with pytest.raises(ValueError) as larger:
+        dcgan.check_devices(s)
+    assert float(re.search(r'([\d.]+) GB are needed', str(larger.value))[1]) > 4 * float(needed[1])
+    monkeypatch.setattr(mx.context, 'gpu_memory_info', lambda device_id=0: (8 * 10 ** 9, 8 * 10 ** 9))
+    dcgan.check_devices(dcgan.Settings(ctx=[mx.gpu(0)]))
+    assert used[-1] == mx.gpu(0)
+
+
 def test_out_may_be_a_path(tiny, tmp_path):
     dcgan.train(tiny(out=tmp_path / 'a path'))
-    assert dcgan.find_checkpoint('latest', str(tmp_path / 'a path'))['settings']['out'] == str(tmp_path / 'a path')
+    about, _ = dcgan.find_state(str(tmp_path / 'a path' / 'latest'))
+    assert about['settings']['out'] == str(tmp_path / 'a path')
 
 
 def test_nothing_to_go_on_from(tiny, capsys):
     s = tiny(check_point=False)
     dcgan.train(s)
-    assert capsys.readouterr().out.splitlines()[-1] == f'done: everything is in {s.out}/'
+    folder = os.path.realpath(os.path.join(s.out, 'latest'))
+    assert capsys.readouterr().out.splitlines()[-1] == f'done: everything is in {folder}/'
+    assert not [name for name in os.listdir(folder) if name.endswith(('.npz', '.params', '.json'))]
 
 
 def test_no_fallback_no_training(child, tmp_path):
@@ -226,33 +486,185 @@ def test_no_fallback_no_training(child, tmp_path):
                                                        'SCIKIT_LEARN_DATA': str(tmp_path / 'home')})
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.count('\n') == 1 and 'mnist_path' in err
+    assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('fake, words', [
-    ("sys.modules['mxnet'] = None", ['mxnet', 'pip install', 'tests/requirements.txt']),
-    ("sys.modules['joblib'] = None", ['joblib', 'tests/requirements.txt']),
-    ("sys.version_info = (3, 13, 0)", ['Python', '3.12']),
-    ("import numpy; numpy.__version__ = '2.1.0'", ['NumPy 2.1.0', 'numpy<2']),
-    ("import ctypes, importlib.metadata as m; m.version = lambda name: '1'\n"
-     "sys.meta_path.insert(0, type('F', (), {'find_spec': staticmethod(lambda name, *a: (_ for _ in ()).throw("
-     "OSError('libcuda.so.1: cannot open shared object file')) if name == 'mxnet' else None)}))",
-     ['libcuda.so.1', 'driver', 'tests/requirements.txt']),
-    ("sys.meta_path.insert(0, type('F', (), {'find_spec': staticmethod(lambda name, *a: (_ for _ in ()).throw("
-     "ImportError('libGL.so.1: cannot open shared object file')) if name == 'visual' else None)}))",
-     ['libGL.so.1', 'opencv-python-headless']),
-], ids=['no mxnet', 'nothing', 'python 3.13', 'numpy 2', 'no driver', 'no libGL'])
-def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(fake, words):
-    done = subprocess.run([sys.executable, '-c', f'import sys\n{fake}\nimport dcgan'], capture_output=True, text=True,
-                          cwd=ROOT, timeout=60)
-    assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+# ---------------------------------------------------------------- the GPU that is not here
+
+def test_a_gpu_build_that_sees_no_gpu_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(data, 'ROLE', None)
+    monkeypatch.setattr(data, 'GPU_BUILD', True)
+    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 0)
+    assert data.default_ctx() == mx.cpu()
+    said = capsys.readouterr().out
+    assert said.startswith('WARNING') and said.count('\n') == 1
+    assert all(word in said for word in ('driver', 'CUDA_VISIBLE_DEVICES', '--gpus all', 'CPU'))
+
+    def num_gpus():
+        raise mx.MXNetError('[bt] (0) libmxnet.so\nCUDA: invalid device')
+
+    monkeypatch.setattr(mx.context, 'num_gpus', num_gpus)
+    assert data.default_ctx() == mx.cpu()
+    said = capsys.readouterr().out
+    assert said.startswith('WARNING') and said.count('\n') == 1 and 'invalid device' in said
+    monkeypatch.setattr(data, 'GPU_BUILD', False)
+    assert data.default_ctx() == mx.cpu() and capsys.readouterr().out == ''
+    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 2)
+    assert data.default_ctx() == mx.gpu(0) and capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('role', ['scheduler', 'server'])
+def test_a_scheduler_and_a_server_ask_for_no_device(role):
+    code = '''if True:
+        import data
+        def touched(*args):
+            raise SystemExit('touched')
+        data.mx.context.num_gpus = data.mx.nd.ones = touched
+        data.GPU_BUILD = True
+        assert data.default_ctx() == data.mx.cpu()
+        import dcgan
+        assert dcgan.Settings().ctx == data.mx.cpu()'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=60,
+                          env={**os.environ, 'DMLC_ROLE': role})
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+ENVIRONMENT = {'MXNET_USE_FUSION': '0', 'MXNET_CUDNN_LIB_CHECKING': '0', 'CUDA_MODULE_LOADING': 'LAZY'}
+
+
+def environment(names, **more):
+    """What these variables are in a process that has imported `data`, and in MXNet's own eyes."""
+    code = f'import data, os, ctypes; print([os.environ.get(name) for name in {list(names)}])'
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    return eval(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True,
+                               env={**env, **more}, timeout=60).stdout)
+
+
+def test_the_environment_of_a_gpu_unless_a_person_has_set_it():
+    assert environment(ENVIRONMENT) == list(ENVIRONMENT.values())
+    theirs = dict(zip(ENVIRONMENT, ('1', '1', 'EAGER')))
+    assert environment(ENVIRONMENT, **theirs) == list(theirs.values())
 
 
 def test_threads_are_the_physical_cores_unless_set():
     import joblib
-    code = 'import dcgan, os; print(os.environ["OMP_NUM_THREADS"])'
-    env = {name: value for name, value in os.environ.items() if name != 'OMP_NUM_THREADS'}
-    for more, expected in (({}, str(joblib.cpu_count(only_physical_cores=True))), ({'OMP_NUM_THREADS': '3'}, '3')):
-        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
-                              env={**env, **more}, timeout=60)
-        assert done.stdout.split()[-1] == expected
+    assert environment(['OMP_NUM_THREADS']) == [str(joblib.cpu_count(only_physical_cores=True))]
+    assert environment(['OMP_NUM_THREADS'], OMP_NUM_THREADS='3') == ['3']
+
+
+# ---------------------------------------------------------------- machines that cannot run it
+
+def imports(fake):
+    """Import the program where something is missing."""
+    return subprocess.run([sys.executable, '-c', f'import sys\n{fake}\nimport dcgan'], capture_output=True, text=True,
+                          cwd=ROOT, timeout=60)
+
+
+def failing(module, error):
+    """Code after which the import of a module raises that."""
+    return f'''
+class Finder:
+    def find_spec(name, *args):
+        if name == {module!r}:
+            raise {error}
+sys.meta_path.insert(0, Finder)'''
+
+
+def library(name, module='mxnet', kind='OSError'):
+    return failing(module, f"{kind}('{name}: cannot open shared object file: No such file or directory')")
+
+
+@pytest.mark.parametrize('fake, words', [
+    *((f"sys.modules['{name}'] = None", [name, 'pip install', 'tests/requirements.txt'])
+      for name in ('mxnet', 'joblib', 'numpy', 'cv2')),
+    (failing('mxnet', 'ModuleNotFoundError("No module named \'requests\'", name="requests")'),
+     ['requests', 'pip install', 'tests/requirements.txt']),
+    ('sys.version_info = (3, 7, 17)', ['Python 3.8']),
+    ("import asyncio; sys.platform = 'win32'", ['WSL 2']),
+    (library('libgomp.so.1'), ['libgomp.so.1', 'apt-get install libgomp1']),
+    (library('libquadmath.so.0'), ['libquadmath.so.0', 'apt-get install libquadmath0']),
+    (library('libGL.so.1', 'cv2', 'ImportError'), ['apt-get install libgl1', 'opencv-python-headless']),
+    (library('libgthread-2.0.so.0', 'cv2', 'ImportError'), ['apt-get install libglib2.0-0']),
+    (library('libglib-2.0.so.0', 'cv2', 'ImportError'), ['apt-get install libglib2.0-0']),
+    (library('libz.so.1'), ['apt-get install zlib1g']),
+    (library('libcuda.so.1'), ['libcuda.so.1', 'driver', 'tests/requirements.txt']),
+    (library('libcudart.so.11.0'), ['libcudart.so.11.0', 'pip install', '-r requirements.txt']),
+    (library('libcudnn.so.8'), ['libcudnn.so.8', 'pip install', '-r requirements.txt']),
+], ids=['mxnet', 'joblib', 'numpy', 'cv2', 'requests', 'Python 3.7', 'Windows', 'libgomp', 'libquadmath', 'libGL',
+        'libgthread', 'libglib', 'libz', 'no driver', 'CUDA', 'cuDNN'])
+def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(fake, words):
+    done = imports(fake)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
+    assert done.stderr.startswith('dcgan.py: ') and all(word in done.stderr for word in words), done.stderr
+    if not any('pip' in word or 'requirements' in word for word in words):
+        assert 'requirements' not in done.stderr  # only what helps
+
+
+@pytest.mark.parametrize('fake, words', [
+    (library('libgmp.so.10'), 'libgmp.so.10'),
+    (library('libgomp_plugin.so.1'), 'libgomp_plugin.so.1'),
+    (failing('mxnet', "OSError('/x/libmxnet.so: undefined symbol: cudnnCreate')"), 'undefined symbol'),
+    (failing('mxnet', '''ImportError("cannot import name 'bool' from 'numpy'")'''), 'cannot import name'),
+    (failing('mxnet', '''ModuleNotFoundError("No module named 'numpy.core'", name='numpy.core')'''), 'numpy.core'),
+    (failing('joblib', "PermissionError(13, 'Permission denied')"), 'Permission denied'),
+    (failing('visual', "ImportError('a mistake in visual.py')"), 'a mistake in visual.py')])
+def test_an_unexpected_error_at_import_keeps_its_traceback(fake, words):
+    done = imports(fake)
+    assert done.returncode == 1 and done.stderr.startswith('Traceback') and words in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------- names that NumPy took away
+
+def after_import(code):
+    """Run code in a process that has imported `data`; its result is printed."""
+    return subprocess.run([sys.executable, '-W', 'error::DeprecationWarning:__main__', '-c',
+                           f'import numpy as np\nbefore = np.__getattr__\nimport data\n{code}'],
+                          capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_numpy_is_as_it_was_after_the_import():
+    done = after_import('''
+assert np.__getattr__ is before
+names = ('PZERO', 'alltrue', 'in1d', 'mirr', 'no_such_name')
+plain = __import__('subprocess').run(
+    [__import__('sys').executable, '-W', 'ignore', '-c',
+     f'import numpy; print([hasattr(numpy, name) for name in {names + ("bool",)}])'],
+    capture_output=True, text=True, check=True).stdout
+import warnings
+warnings.simplefilter('ignore')
+assert str([hasattr(np, name) for name in (*names, 'bool')]) == plain.strip(), plain
+if np.lib.NumpyVersion(np.__version__) >= '2.0.0':
+    assert np.bool is np.bool_
+else:
+    assert 'bool' not in vars(np)''')
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_mxnet_is_answered_while_it_is_imported():
+    """The answer depends on the module that asks: MXNet's own, or any other."""
+    done = after_import('''
+import types, warnings
+warnings.simplefilter('ignore')
+asked = 'import numpy\\nfound = [getattr(numpy, name, "none") for name in ("no_such_name", "__no_such_name__")]'
+def ask(name):
+    module = types.ModuleType(name)
+    with __import__('unittest.mock').mock.patch.object(np, '__getattr__', data.getattr_for_mxnet):
+        exec(asked, module.__dict__)
+    return module.found
+assert ask('mxnet.numpy.fallback') == [None, 'none'], ask('mxnet.numpy.fallback')
+assert ask('scipy.sparse') == ask('mxnetlike') == ['none', 'none'], ask('scipy.sparse')''')
+    assert done.returncode == 0, done.stderr
+
+
+def test_scikit_learn_and_scipy_work_beside_mxnet():
+    done = after_import('''
+from scipy.stats import entropy
+import scipy.sparse
+from sklearn.neural_network import MLPClassifier
+X = np.random.RandomState(0).rand(40, 5)
+y = (X[:, 0] > 0.5).astype(int)
+assert MLPClassifier((8,), max_iter=400, random_state=0, solver='lbfgs').fit(X, y).score(X, y) > 0.9
+assert abs(entropy([0.5, 0.5]) - np.log(2)) < 1e-12
+assert scipy.sparse.csr_matrix(np.eye(3, dtype=bool)).sum() == 3
+assert np.ma.masked_array([1, 2], [True, False]).sum() == 2''')
+    assert done.returncode == 0, done.stderr
