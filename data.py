@@ -208,11 +208,14 @@ def _from_openml():
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # scikit-learn sets none: a server that never answers would hold us for ever
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=home) as scratch:
             warnings.simplefilter('ignore')
-            bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', cache=False, n_retries=0)
+            warnings.filterwarnings('error', '.*(Retrying|redownloading)')  # what it warns of would take another 30 s
+            bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', data_home=scratch)
         X, y = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
     except Exception as error:  # network, HTTP, checksum, ARFF: whatever it was, there is no MNIST
+        while isinstance(error, Warning):
+            error = error.__context__  # what it wanted to try again after
         reason = str(error).strip().split('\n')[0] or type(error).__name__
         raise OSError(f'MNIST cannot be had from OpenML ({reason}); set mnist_path to a folder with its IDX files'
                       ) from None

@@ -95,7 +95,8 @@ def check(s):
     photos = s.dataset == 'imagenet'
     for name, right, rule in (
             *((name, 1 <= vars(s)[name] < 1e9, '1 or more') for name in ('ndf', 'ngf', 'Z', 'batch_size', 'epochs')),
-            *((name, 0 <= vars(s)[name] < 1e9, '0 or more') for name in ('lr', 'beta1', 'seed', 'sample', 'monitor')),
+            *((name, 0 <= vars(s)[name] < 1e9, '0 or more') for name in ('beta1', 'seed', 'sample', 'monitor')),
+            ('lr', 0 <= s.lr < math.inf, '0 or more'),
             ('dataset', s.dataset in ('mnist', 'digits', 'imagenet'), "'mnist', 'digits' or 'imagenet'"),
             ('fallback', s.fallback in ('digits', ''), "'digits' or ''"),
             ('nc', s.nc == 3 or s.nc == 1 and not photos, '1 or 3; for photos set nc = 3'),
@@ -443,7 +444,7 @@ class Run:
                               log_size=0, path=None)
         self.name, self.epoch, self.iteration, self.saved = (about[k] for k in ('name', 'epoch', 'iteration', 'path'))
         self.folder, self.num_batches, self.epochs = folder, num_batches, s.epochs
-        self.images = s.batch_size * workers  # of one iteration
+        self.workers, self.images = workers, s.batch_size * workers  # images of one iteration
         self.metrics = list(about['metrics'])  # mACC, mG, mD of each iteration since the last line
         self.answers = []                      # D's, of the iterations that the metrics do not have yet
         self.tic, self.timed = None, 0         # when the timed iterations began, and their number
@@ -451,7 +452,8 @@ class Run:
         self.start, self.last_picture = time.monotonic() - about['seconds'], -math.inf
         if folder:
             for leftover in glob.glob(os.path.join(glob.escape(folder), '*.tmp*')):
-                os.remove(leftover)  # of a run that was killed while it wrote
+                with contextlib.suppress(OSError):  # of a run that was killed while it wrote
+                    os.remove(leftover)
             self.open_log(os.path.join(folder, 'log.csv'), about['log_size'])
 
     def open_log(self, path, size):
@@ -537,6 +539,11 @@ class Run:
             except OSError as error:
                 print(f'WARNING: {self.log.name} cannot be written ({error}); the run goes on')
 
+    def close(self):
+        """Close the log; that it cannot be written was said before."""
+        with contextlib.suppress(OSError):
+            self.log.close()
+
     def curves(self):
         """What `visual.plot` draws: the iterations since the start of the run, and the entropies there."""
         epoch, iteration, G, D = np.array(self.losses).reshape(-1, 4).T
@@ -561,8 +568,9 @@ class Run:
         self.update_metrics()
         arrays = self.snapshot(modules)
         about = dict(name=self.name, epoch=self.epoch, iteration=self.iteration, seconds=time.monotonic() - self.start,
-                     num_update=modules[0]._optimizer.num_update, metrics=self.metrics, settings=vars(s),
-                     log_size=os.path.getsize(self.log.name), shapes={name: a.shape for name, a in arrays.items()},
+                     num_update=modules[0]._optimizer.num_update, metrics=self.metrics,
+                     settings=dict(vars(s), workers=self.workers), log_size=os.fstat(self.log.fileno()).st_size,
+                     shapes={name: array.shape for name, array in arrays.items()},
                      versions=dict(mxnet=mx.__version__, numpy=np.__version__, python=sys.version))
         path = os.path.join(self.folder, f'state-{self.epoch:04d}-{self.iteration:05d}.npz')
         try:
@@ -570,7 +578,8 @@ class Run:
                 np.savez(file, about=json.dumps(about, default=str), **arrays)
             self.saved = path
             for old in list_states(self.folder)[2:]:
-                os.remove(old)
+                with contextlib.suppress(OSError):  # it may stay
+                    os.remove(old)
         except OSError as error:
             print(f'WARNING: the state of epoch {self.epoch}, iteration {self.iteration} is not saved: {error}')
 
@@ -589,7 +598,7 @@ class Run:
                 with written_whole(f'{prefix}-{self.epoch:04d}.params') as temporary:
                     mx.nd.save(temporary, params)
                     mx.nd.load(temporary)
-        except (OSError, mx.MXNetError) as error:
+        except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
             print(f'WARNING: the networks of epoch {self.epoch} are not saved: {data.last_line(error)}')
 
 
@@ -666,7 +675,7 @@ def read_state(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = dict(json.loads(str(arrays.pop('about'))), path=path)
-        if about['shapes'] != {name: list(array.shape) for name, array in arrays.items()}:
+        if about['shapes'] != {name: list(a.shape) for name, a in arrays.items() if a.dtype == np.float32}:
             raise ValueError('its arrays are not those that were saved')
         return about, arrays
     except Exception as error:  # NumPy and zipfile have a dozen kinds for a flipped bit
@@ -687,17 +696,17 @@ def find_state(path):
     raise ValueError(f"resume: {path} has no state to go on from; set resume = '' to start anew")
 
 
-def check_state(s, about, dataset=''):
+def check_state(s, about, dataset='', workers=1):
     """Raise ValueError where a state is of other networks or data; say where it is of another run."""
-    was, trained_on = about['settings'], about['name'].split('_')[0]
+    was, now, trained_on = about['settings'], dict(vars(s), workers=workers), about['name'].split('_')[0]
     if dataset not in ('', trained_on):
         raise ValueError(f'{about["path"]}: trained on {trained_on}, the data is {dataset}')
     for name in ('ngf', 'ndf', 'nc', 'Z', 'conditional'):
-        if was[name] != getattr(s, name):
-            raise ValueError(f'{about["path"]}: made with {name} = {was[name]!r}, the settings say {getattr(s, name)}')
-    for name in ('batch_size', 'lr', 'beta1', 'seed') if not s.sample else ():
-        if was[name] != getattr(s, name):
-            print(f'WARNING: {name} was {was[name]!r} and is {getattr(s, name)}: it goes on, but is not the same run')
+        if was[name] != now[name]:
+            raise ValueError(f'{about["path"]}: made with {name} = {was[name]!r}, the settings say {now[name]}')
+    for name in ('batch_size', 'lr', 'beta1', 'seed', 'workers') if not s.sample else ():
+        if was[name] != now[name]:
+            print(f'WARNING: {name} was {was[name]!r} and is {now[name]}: it goes on, but is not the same run')
 
 
 def restore(modules, about, arrays):
@@ -902,7 +911,7 @@ def set_up_and_train(s, stop, stack):
     dataset, train_iter, labelled = data.load_data(s, rank, workers)
     rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], s.conditional)
     if about:
-        check_state(s, about, dataset)
+        check_state(s, about, dataset, workers)
     modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data, kv)
     if about:
         restore(modules, about, arrays)
@@ -914,6 +923,8 @@ def set_up_and_train(s, stop, stack):
             with contextlib.suppress(OSError):
                 shutil.copy(os.path.join(os.path.dirname(s.resume), 'log.csv'), folder)
     run = Run(s, folder, getattr(train_iter, 'num_data', math.nan) / s.batch_size, workers, about)
+    if folder:
+        stack.callback(run.close)
     for title, mod in zip('GD', modules):
         print_network(s, title, mod, folder)
     print(f'data: {dataset}; run: {folder}')

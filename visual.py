@@ -98,8 +98,9 @@ def film(out):
         for count in (50, 25, 12, 6, 2):
             animation = cv2.Animation()
             chosen = sorted({(len(paths) - 1) * k // count for k in range(count + 1)})
-            animation.frames = [cv2.imread(paths[i]) for i in chosen]
-            animation.durations = [400] * (len(chosen) - 1) + [2500]  # milliseconds
+            frames = [cv2.imread(paths[i]) for i in chosen]
+            animation.frames = [frame for frame in frames if frame.shape == frames[-1].shape]  # of this batch size
+            animation.durations = [400] * (len(animation.frames) - 1) + [2500]  # milliseconds
             cv2.imwriteanimation(temporary, animation, [cv2.IMWRITE_WEBP_QUALITY, 60])
             if os.path.getsize(temporary) <= FILM_BYTES:
                 os.replace(temporary, os.path.join(out, 'film.webp'))

@@ -172,19 +172,18 @@ def test_two_processes_at_the_same_time_get_two_folders(child, tmp_path):
     assert metrics(folders[0]) == metrics(folders[1]) and same_bits(*map(final_params, folders))
 
 
-@pytest.mark.parametrize('resume', ['latest', 'folder'])
-def test_two_at_once_in_one_folder(child, tmp_path, resume):
+def test_two_at_once_in_one_folder(child, tmp_path):
     """The second is refused, and the first does not notice."""
     assert child(batch_size=50).wait(timeout=600) == 0
     out = str(tmp_path / 'out')
-    resume = os.path.realpath(f'{out}/latest') if resume == 'folder' else resume
     before = contents(out)
     changes = dict(batch_size=50, epochs=2)
     first = child(resume='latest', before='dcgan.train_step = lambda *args: dcgan.time.sleep(1000)', **changes)
     wait_for_line(first, 'metric:')
-    second = child(resume=resume, **changes)
-    _, err = second.communicate(timeout=600)
-    assert second.returncode == 1 and err.count('\n') == 1 and 'another process' in err
+    for resume in ('latest', os.path.realpath(f'{out}/latest')):
+        second = child(resume=resume, **changes)
+        _, err = second.communicate(timeout=600)
+        assert second.returncode == 1 and err.count('\n') == 1 and 'another process' in err
     assert contents(out) == before
     assert child(**changes).wait(timeout=600) == 0  # a new run has a folder of its own
     first.kill()
@@ -242,7 +241,7 @@ def test_a_state_holds_no_pickle(finished):
 
 @pytest.mark.parametrize('changes', [{}, dict(conditional=True), dict(ctx=[mx.cpu(0), mx.cpu(1)])], ids=str)
 def test_stopped_after_every_iteration_in_turn(tiny, changes):
-    s = tiny(batch_size=300, epochs=3, **changes)
+    s = tiny(batch_size=30, epochs=3, **changes)
     dcgan.train(s)
     other = replace(s, out=s.out + '2')
     for step in range(15):
@@ -251,9 +250,10 @@ def test_stopped_after_every_iteration_in_turn(tiny, changes):
         assert len(dcgan.list_states(latest(other))) == min(step + 1, 2)
     dcgan.train(other)
     assert same_bits(final_params(s.out), final_params(other.out))
-    (_, expected), (_, found) = newest(latest(s)), newest(latest(other))
+    (_, expected), (about, found) = newest(latest(s)), newest(latest(other))
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name].tobytes() != expected[name].tobytes()] == []
+    assert about['num_update'] == 15
     assert len(found['gbn1_moving_mean']) == len(other.ctx if isinstance(other.ctx, list) else [other.ctx])
     assert metrics(latest(other)) == metrics(latest(s))
     assert names(other.out) == [os.path.basename(latest(other)), 'latest']
@@ -569,8 +569,10 @@ def test_nothing_saved_without_check_point(child, tmp_path):
 
 def test_q_stops_one_run_and_not_the_next(tiny, monkeypatch):
     class Viewer:
-        """Stands for the process with the windows; q was pressed in it."""
-        status = visual.QUIT
+        """Stands for the process with the windows."""
+
+        def __init__(self, status):
+            self.status = status
 
         def poll(self):
             return self.status
@@ -580,12 +582,12 @@ def test_q_stops_one_run_and_not_the_next(tiny, monkeypatch):
 
         wait = kill
 
-    monkeypatch.setattr(visual, '_start_viewer', lambda out: Viewer())
+    viewers = [Viewer(visual.QUIT), Viewer(None)]  # q was pressed in the first one
+    monkeypatch.setattr(visual, '_start_viewer', lambda out: viewers.pop(0))
     s = tiny(display=True, epochs=2)
     with pytest.raises(SystemExit) as caught:
         dcgan.train(s)
     assert caught.value.code == 130 and names(latest(s), 'state-*') == ['state-0000-00010.npz']
-    Viewer.status = None
     dcgan.train(replace(s, resume='latest'))
     assert names(latest(s), 'state-*')[-1] == 'state-0002-00000.npz'
 
@@ -634,8 +636,9 @@ def seen_write(fd, text):
         raise
 
 def fsync_and_ctrl_c(fd):
-    if found == [True]:
-        found.append(True)
+    if found:
+        found.clear()
+        os.write = write
         signal.raise_signal(signal.SIGINT)
     fsync(fd)
 
@@ -759,14 +762,14 @@ def test_divergence_stops_the_run_and_overwrites_nothing(copy):
     folder = latest(copy)
     before = {**contents(folder, '*.params'), **contents(folder, '*.npz')}
     with pytest.raises(SystemExit) as caught:
-        dcgan.train(replace(copy, lr=1e30, epochs=5))
+        dcgan.train(replace(copy, lr=1e9, epochs=5))
     assert all(word in caught.value.code for word in (
         'not finite', 'epoch 3', 'iteration', f'{folder}/state-0003-00000.npz', 'lr')) and '\n' not in caught.value.code
     assert {**contents(folder, '*.params'), **contents(folder, '*.npz')} == before
 
 
 def test_divergence_before_the_first_save(tiny):
-    s = tiny(lr=1e30)
+    s = tiny(lr=1e9)
     with pytest.raises(SystemExit) as caught:
         dcgan.train(s)
     assert all(word in caught.value.code for word in ('not finite', 'epoch 0', 'nothing was saved', 'lr'))
@@ -840,9 +843,9 @@ def edit_state(s, change):
 def test_other_settings_are_said(copy, capsys):
     dcgan.train(replace(copy, epochs=4, lr=0.001, seed=4, beta1=0.4, batch_size=25))
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith('WARNING')]
-    assert len(warnings) == 4, warnings
     assert all(said in '\n'.join(warnings) for said in (
         'lr was 0.0002 and is 0.001', 'seed was 3 and is 4', 'beta1 was 0.5 and is 0.4', 'batch_size was 30 and is 25'))
+    assert not [line for line in warnings if ' was ' not in line]
 
 
 def test_another_number_of_workers_is_said(copy, capsys):
@@ -862,18 +865,17 @@ def test_another_datasets_state(copy):
     lambda arrays: arrays.pop('g1_weight'),
     lambda arrays: arrays.pop('dbn2_moving_mean'),
     lambda arrays: arrays.pop('d5_weight_var'),
-    lambda arrays: arrays.pop('g1_weight_mean'),
-    lambda arrays: arrays.update(d1_weight_var=np.array([])),
+    lambda arrays: arrays.update(g1_weight_=arrays.pop('g1_weight')),
     lambda arrays: arrays.update(g1_weight=arrays['g1_weight'][:0]),
     lambda arrays: arrays.update(g1_weight=arrays['g1_weight'][0]),
-    lambda arrays: arrays.update(g1_weight=arrays['g1_weight'].astype(np.int64)),
-], ids=['a G for a D', 'no weight', 'no moving mean', 'no moment', 'no count', 'empty count', 'no device', 'no axis',
-        'integers'])
-def test_a_state_that_does_not_fit(copy, change):
+], ids=['a G for a D', 'no weight', 'no moving mean', 'no moment', 'another name', 'no device', 'no axis'])
+def test_a_state_without_the_arrays_that_were_saved(copy, capsys, change):
     path = edit_state(copy, lambda arrays, about: change(arrays))
-    with pytest.raises(SystemExit, match='does not fit') as caught:
-        dcgan.train(copy)
-    assert path in caught.value.code and '\n' not in caught.value.code
+    with pytest.raises(SystemExit) as caught:
+        dcgan.train(replace(copy, resume=path))
+    assert path in caught.value.code and 'is damaged' in caught.value.code and '\n' not in caught.value.code
+    capsys.readouterr()
+    assert dcgan.find_state(latest(copy))[0]['epoch'] == 2 and path in capsys.readouterr().out
 
 
 def test_a_state_with_an_iteration_beyond_its_epoch(copy):
@@ -969,16 +971,6 @@ def read_or_refuse(path, content):
 
 
 @pytest.fixture(scope='module')
-def modules(finished, tmp_path_factory):
-    """Of such a run, at its start."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dcgan, 'train_loop', lambda s, modules, *args: found.extend(modules))
-        dcgan.train(replace(finished, out=str(tmp_path_factory.mktemp('modules'))))
-    return found
-
-
-@pytest.fixture(scope='module')
 def original(finished):
     """The bytes of a state, and what is read of it."""
     path = dcgan.list_states(latest(finished))[0]
@@ -986,27 +978,22 @@ def original(finished):
         return file.read(), dcgan.read_state(path)
 
 
-def assert_refused_or_the_same(modules, original, path, content):
-    """A changed file is refused by the reader or by the check of names, or its change changes nothing."""
+def assert_refused_or_the_same(original, path, content):
+    """A changed file is refused, or its change changes nothing."""
     found = read_or_refuse(path, content)
     if found:
         (about, arrays), (expected_about, expected) = found, original[1]
-        try:
-            dcgan.restore(modules, arrays, str(path))
-        except ValueError as error:
-            assert str(path) in str(error) and '\n' not in str(error)
-            return
-        assert {**about, 'path': ''} == {**expected_about, 'path': ''}
+        assert {**about, 'path': ''} == {**expected_about, 'path': ''} and arrays.keys() == expected.keys()
         assert all(arrays[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
-def test_a_state_with_a_flipped_bit(modules, original, tmp_path):
+def test_a_state_with_a_flipped_bit(original, tmp_path):
     """At 300 places all over the file, and at each of the last 300 bytes and of the first 100."""
     size = len(original[0])
     for place in {*range(100), *np.linspace(0, size - 1, 300).astype(int), *range(size - 300, size)}:
         content = bytearray(original[0])
         content[place] ^= 1 << place % 8
-        assert_refused_or_the_same(modules, original, tmp_path / 'file', bytes(content))
+        assert_refused_or_the_same(original, tmp_path / 'file', bytes(content))
 
 
 def test_a_state_that_was_cut(original, tmp_path):
@@ -1023,7 +1010,7 @@ def test_random_bytes(tmp_path, content):
 
 @HOSTILE
 @given(data=strategies.data())
-def test_a_state_with_changed_bytes(modules, original, tmp_path, data):
+def test_a_state_with_changed_bytes(original, tmp_path, data):
     """Names, shapes and lengths are in the first bytes of each array, and at the end."""
     content = bytearray(original[0])
     start = data.draw(strategies.sampled_from([match.start() for match in re.finditer(b'PK', original[0])]))
@@ -1031,7 +1018,7 @@ def test_a_state_with_changed_bytes(modules, original, tmp_path, data):
         place = start + data.draw(strategies.integers(0, 250))
         content[place % len(content)] = data.draw(strategies.integers(0, 255))
     end = data.draw(strategies.one_of(strategies.just(len(content)), strategies.integers(0, len(content))))
-    assert_refused_or_the_same(modules, original, tmp_path / 'file', bytes(content[:end]))
+    assert_refused_or_the_same(original, tmp_path / 'file', bytes(content[:end]))
 
 
 def test_an_array_that_claims_to_be_large(original, tmp_path):
@@ -1040,26 +1027,6 @@ def test_an_array_that_claims_to_be_large(original, tmp_path):
     header = content.index(b"'shape': (1, ")
     content[header + 9:header + 20] = b'(1000000000'
     assert read_or_refuse(tmp_path / 'file', bytes(content)) is None
-
-
-JSON = strategies.recursive(strategies.none() | strategies.booleans() | strategies.floats() | strategies.integers()
-                            | strategies.text(), lambda x: strategies.lists(x) | strategies.dictionaries(
-                                strategies.text(), x), max_leaves=8)
-
-
-@HOSTILE
-@given(changes=strategies.dictionaries(strategies.sampled_from(
-    ['name', 'epoch', 'iteration', 'workers', 'metrics', 'seconds', 'log_size', 'settings', 'versions']), JSON))
-def test_a_state_that_remembers_strange_things(finished, tmp_path, changes):
-    about, _ = newest(latest(finished))
-    path = str(tmp_path / 'state-0003-00000.npz')
-    np.savez(path, about=json.dumps({**about, **changes}))
-    try:
-        about, _ = dcgan.find_state(path)
-        dcgan.check_state(finished, about, 'digits')
-        dcgan.Run(finished, None, 5, 1, about)
-    except ValueError as error:
-        assert '\n' not in str(error)
 
 
 @pytest.mark.parametrize('content', ['', '[', '[' * 100_000, '{"epoch": 1e999}', 'null', '[]', '3', '{}'])

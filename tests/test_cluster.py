@@ -3,13 +3,14 @@ import os
 import socket
 import time
 
+import data
+
 import numpy as np
 import pytest
-
-import dcgan
-import data
 import textbook
 from conftest import final_params, same_bits
+
+import dcgan
 
 mx = dcgan.mx
 TWO = [mx.cpu(0), mx.cpu(1)]
@@ -37,9 +38,9 @@ def test_two_devices_resumed(tiny):
     dcgan.train(other)
     dcgan.train(dcgan.dataclasses.replace(other, epochs=2, resume='latest'))
     assert same_bits(final_params(s.out), final_params(other.out))
-    states = [dcgan.load_arrays(dcgan.find_checkpoint('latest', x.out)['.states']) for x in (s, other)]
-    assert all(states[0][name].tobytes() == states[1][name].tobytes() for name in states[0])
-    assert any(name.startswith('G.1.') for name in states[0])  # the second device's moving averages
+    (_, first), (_, second) = (dcgan.find_state(f'{x.out}/latest') for x in (s, other))
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+    assert len(first['gbn1_moving_mean']) == 2  # each device's
 
 
 # ---------------------------------------------------------------- several machines
@@ -83,7 +84,7 @@ def finish(processes, timeout=400):
 
 
 def wait_for_checkpoint(processes, tmp_path):
-    while not dcgan.checkpoints(str(tmp_path / 'out')):
+    while not list((tmp_path / 'out').glob('latest/state-*.npz')):
         time.sleep(0.1)
         assert all(process.poll() is None for process in processes), finish(processes)
 
@@ -98,20 +99,19 @@ def test_two_workers(cluster, tmp_path):
     assert all(a[1] != b[1] for a, b in zip(*records))  # latents of their own
     shares = [{image for line in record[:5] for image in line[2:]} for record in records]
     assert len(shares[0]) == len(shares[1]) == 750 and not shares[0] & shares[1]
-    assert [('done: ' in out, 'Total params' in out, 'settings' in out) for out, _ in outputs[2:]].count(
+    assert [('done: ' in out, ' parameters' in out, 'settings' in out) for out, _ in outputs[2:]].count(
         (True, True, True)) == 1
     assert sum(out == '' for out, _ in outputs) == 3  # rank 0 alone has something to say
-    assert len([name for name in os.listdir(tmp_path / 'out') if name.endswith('.csv')]) == 1
+    assert len(list((tmp_path / 'out').glob('digits_*/log.csv'))) == 1
 
 
 def test_two_workers_with_unequal_shares(cluster, tmp_path):
     """As the parts of a .rec may be: the epoch ends when all have seen theirs."""
     finish(cluster(before=RECORD + '''
-load_data = dcgan.load_data
 def unequal(s, rank, workers):
     X, _, y, _ = dcgan.data.get_digits(labels=True)
     return 'digits', dcgan.data.PixelIter(X[:600 + 450 * rank], y[:600 + 450 * rank], 150), None
-dcgan.load_data = unequal
+dcgan.data.load_data = unequal
 ''', epochs=2))
     records = [len(list(open(tmp_path / name))) for name in os.listdir(tmp_path) if 'worker' in name]
     assert records == [14, 14]  # 4 and 7 batches
@@ -132,11 +132,50 @@ dcgan.train_step = stopped
 ''')
     outputs = finish(processes)
     assert [process.returncode for process in processes] == [0, 0, 143, 143], outputs
-    assert dcgan.find_checkpoint('latest', str(tmp_path / 'out'))['iteration'] == 8 - 5
+    assert dcgan.find_state(str(tmp_path / 'out' / 'latest'))[0]['iteration'] == 8 - 5
     processes = cluster(epochs=3, resume='latest')
     outputs = finish(processes)
     assert [process.returncode for process in processes] == [0] * 4, outputs
     assert same_bits(final_params(tmp_path / 'out'), final_params(tmp_path / 'whole'))
+
+
+def test_workers_that_find_different_states(cluster, tiny, tmp_path):
+    """As where `out` is another folder for each."""
+    dcgan.train(tiny(batch_size=150, epochs=1))
+    state, = (tmp_path / 'out').glob('latest/state-*.npz')
+    code = f"""
+if dcgan.os.environ['DMLC_ROLE'] == 'worker':
+    find, dcgan.DEAD = dcgan.find_state, 30
+    def found(path):
+        if {str(tmp_path / 'first')!r} and not dcgan.os.path.exists({str(tmp_path / 'first')!r}):
+            open({str(tmp_path / 'first')!r}, 'x')
+            return find(path)
+        raise ValueError('there is none')
+    dcgan.find_state = found
+"""
+    processes = cluster(before=code, resume='latest', epochs=2)
+    outputs = finish(processes)
+    for process, (_, err) in list(zip(processes, outputs))[2:]:
+        assert process.returncode == 1 and 'out must be one folder for all' in err and err.count('\n') == 1, err
+
+
+def test_several_gpus_in_a_worker(monkeypatch):
+    monkeypatch.setattr(data, 'ROLE', 'worker')
+    for name in ('DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER', 'DMLC_PS_ROOT_URI'):
+        monkeypatch.setenv(name, '1')
+    monkeypatch.setenv('DMLC_ROLE', 'worker')
+    kinds = []
+
+    def create(kind):
+        kinds.append(kind)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mx.kv, 'create', create)
+    monkeypatch.setattr(dcgan.threading.Timer, 'start', lambda self: None)
+    for ctx in ([mx.gpu(0)], [mx.gpu(0), mx.gpu(1)]):
+        with pytest.raises(KeyboardInterrupt):
+            dcgan.connect(dcgan.Settings(kvstore='dist_sync', ctx=ctx))
+    assert kinds == ['dist_sync', 'dist_device_sync']
 
 
 @pytest.mark.parametrize('victim', [3, 1], ids=['worker', 'server'])
@@ -149,7 +188,7 @@ def test_a_process_that_dies_ends_the_others(cluster, tmp_path, victim):
         if process is not processes[victim]:
             assert process.returncode == 1, (process.returncode, err)
             assert 'a process of the cluster has died' in err and err.count('dcgan.py:') == 1
-    dcgan.find_checkpoint('latest', str(tmp_path / 'out'))
+    dcgan.find_state(str(tmp_path / 'out' / 'latest'))
 
 
 def test_a_worker_without_a_scheduler_says_so(cluster):

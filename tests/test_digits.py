@@ -3,14 +3,15 @@ import csv
 import glob
 import os
 
+import data
+
 import cv2
 import numpy as np
 import pytest
+from conftest import REAL_MNIST, needs_mnist
 
 import dcgan
-import data
 import visual
-from conftest import REAL_MNIST, needs_mnist
 
 mx = dcgan.mx
 
@@ -21,38 +22,33 @@ mx = dcgan.mx
     data.get_digits, pytest.param(lambda **kw: data.get_mnist(REAL_MNIST, **kw), id='mnist', marks=needs_mnist)])
 def test_the_classifier_knows_the_real_digits(source):
     X, held_out, y, expected = source(labels=True)
-    found = dcgan.Coverage(X, y).classify(held_out).argmax(axis=1)
+    found = data.Coverage(X, y).classify(held_out).argmax(axis=1)
     assert (found == expected).mean() >= 0.97
 
 
-def coverage_of(digits, confidence=0.9, y=np.arange(10)):
+def coverage_of(digits, confidence=0.9):
     """Coverage whose classifier reads the digit from an image's first pixel."""
-    coverage = dcgan.Coverage(None, y)
+    coverage = data.Coverage(None, np.arange(10))
     coverage.classify = lambda X: np.where(np.arange(10) == np.rint(X[:, 0, 0, :1]), confidence, (1 - confidence) / 9)
     return coverage, np.asarray(digits).reshape(-1, 1, 1, 1) / 127.5 - 1
 
 
 def test_coverage_by_hand():
     coverage, images = coverage_of([0] * 500 + [1] * 491 + [2] * 9)
-    coverage.update([], [images[:600]])
-    coverage.update([], [images[600:]])
-    row = dict(zip(*coverage.get()))
+    row = coverage.count(images)
     shares = np.array([0.5, 0.491, 0.009])
     assert [row[f'share_{digit}'] for digit in range(4)] == [0.5, 0.491, 0.009, 0]
     assert row['digits'] == 2  # 0.9 % is not there
     assert np.isclose(row['confidence'], 0.9) and np.isclose(row['kl'], (shares * np.log(shares / 0.1)).sum())
     assert 'asked' not in row
-    coverage.reset()
-    coverage.update([], [images[:10]])
-    assert dict(zip(*coverage.get()))['share_0'] == 1
+    assert coverage.count(images[:10])['share_0'] == 1
 
 
 def test_coverage_of_digits_asked_for():
     coverage, images = coverage_of(np.arange(100) % 10)
     asked = np.arange(100) % 10
     asked[[0, 10]] = 5  # two zeros where fives were asked for
-    coverage.update([asked], [images])
-    row = dict(zip(*coverage.get()))
+    row = coverage.count(images, asked)
     assert np.isclose(row['asked'], 0.98) and np.isclose(row['asked_worst'], 10 / 12)
 
 
@@ -63,8 +59,7 @@ def test_the_line_and_the_columns_of_an_epoch(tiny, capsys, conditional):
     lines = capsys.readouterr().out.splitlines()
     shares, asked = ([line for line in lines if word in line] for word in ('of 10, shares: ', 'digits as asked: '))
     assert len(shares) == 2 and len(asked) == 2 * conditional and all(len(line) <= 100 for line in shares)
-    path, = glob.glob(f'{s.out}/*.csv')
-    with open(path) as file:
+    with open(f'{s.out}/latest/log.csv') as file:
         rows = [row for row in csv.DictReader(file) if row['kl']]
     assert [(row['epoch'], row['iteration'], bool(row['asked'])) for row in rows] == [
         ('0', '15', conditional), ('1', '15', conditional)]
@@ -101,16 +96,16 @@ def test_what_a_conditional_d_is_shown(tiny, monkeypatch):
 def test_a_digit_a_column():
     digits = np.array([3, 3, 0, 9, 3])
     X = np.arange(1, 6, dtype=np.float32).reshape(5, 1, 1, 1)
-    assert dcgan.by_digit(X, digits).ravel().tolist() == [3, -1, -1, 1, -1, -1, -1, -1, -1, 4]
+    assert visual.by_digit(X, digits).ravel().tolist() == [3, -1, -1, 1, -1, -1, -1, -1, -1, 4]
     X, digits = np.arange(12, dtype=np.float32).reshape(12, 1, 1, 1), np.array([0] * 3 + [1] * 9)
-    assert dcgan.by_digit(X, digits).ravel().tolist()[::10] == [0, 1] and dcgan.by_digit(X, digits)[11] == 4
+    assert visual.by_digit(X, digits).ravel().tolist()[::10] == [0, 1] and visual.by_digit(X, digits)[11] == 4
 
 
 # ---------------------------------------------------------------- images out of a checkpoint
 
 def samples(s, **changes):
     dcgan.train(dcgan.dataclasses.replace(s, resume='latest', **changes))
-    return {name: cv2.imread(os.path.join(s.out, name)) for name in ('sample.png', 'walk.png')}
+    return {name: cv2.imread(os.path.join(s.out, 'latest', name)) for name in ('sample.png', 'walk.png')}
 
 
 def test_samples(tiny, capsys):
@@ -119,8 +114,8 @@ def test_samples(tiny, capsys):
     # no data, another machine's folder: sampling needs neither
     first = samples(s, sample=30, dataset='mnist', mnist_path='nowhere')
     assert [line for line in capsys.readouterr().out.splitlines()][-1].startswith('30 images of ')
-    single = [cv2.imread(os.path.join(s.out, 'sample', f'{i:05d}.png')) for i in range(30)]
-    assert len(os.listdir(os.path.join(s.out, 'sample'))) == 30
+    single = [cv2.imread(os.path.join(s.out, 'latest', 'sample', f'{i:05d}.png')) for i in range(30)]
+    assert len(os.listdir(os.path.join(s.out, 'latest', 'sample'))) == 30
     assert first['sample.png'].shape == (5 * 64, 6 * 64, 3) and first['walk.png'].shape == (6 * 64, 10 * 64, 3)
     assert np.array_equal(first['sample.png'][64:128, :64], single[6])
     again = samples(s, sample=30)
@@ -128,7 +123,7 @@ def test_samples(tiny, capsys):
     other = samples(s, sample=30, seed=4)
     assert not np.array_equal(first['sample.png'], other['sample.png'])
     # independently: MXNet's own loading, the moving averages, NumPy's latents
-    path = sorted(glob.glob(f'{s.out}/*_G_*-0001.params'))[0]
+    path = sorted(glob.glob(f'{s.out}/latest/*_G_*-0001.params'))[0]
     mod = mx.mod.Module.load(path[:-len('-0001.params')], 1, data_names=('rand',), label_names=None)
     mod.bind([('rand', (30, 8, 1, 1))], for_training=False)
     latent = np.random.RandomState(3).normal(size=(30, 8)).astype(np.float32)
@@ -136,12 +131,29 @@ def test_samples(tiny, capsys):
     assert np.array_equal(visual.tile(mod.get_outputs()[0].asnumpy()), first['sample.png'])
 
 
+def test_many_samples_are_made_in_batches(tiny, monkeypatch):
+    """So that their memory is that of a batch; the images are those of one forward."""
+    s = tiny()
+    dcgan.train(s)
+    lengths, generate = [], dcgan.generate
+    monkeypatch.setattr(dcgan, 'generate', lambda modG, latent, digits: lengths.append(len(latent)) or
+                        generate(modG, latent, digits))
+    picture = samples(s, sample=250)['sample.png']
+    assert lengths == [100, 100, 50, 60]  # 60 are the walk's
+    path, = glob.glob(f'{s.out}/latest/*_G_*-0000.params')
+    mod = mx.mod.Module.load(path[:-len('-0000.params')], 0, data_names=('rand',), label_names=None)
+    mod.bind([('rand', (250, 8, 1, 1))], for_training=False)
+    latent = np.random.RandomState(3).normal(size=(250, 8)).astype(np.float32)
+    mod.forward(mx.io.DataBatch([mx.nd.array(latent.reshape(250, 8, 1, 1))]), is_train=False)
+    assert np.abs(visual.tile(mod.get_outputs()[0].asnumpy()).astype(int) - picture).max() <= 1
+
+
 def test_fewer_samples_than_the_last_time(tiny):
     s = tiny()
     dcgan.train(s)
     samples(s, sample=9)
     samples(s, sample=5)
-    assert len(os.listdir(os.path.join(s.out, 'sample'))) == 5
+    assert len(os.listdir(os.path.join(s.out, 'latest', 'sample'))) == 5
 
 
 def test_ctrl_c_while_samples_are_made(child):
@@ -170,7 +182,8 @@ def test_the_digits_asked_for(tiny, monkeypatch):
     monkeypatch.setattr(dcgan, 'generate', lambda modG, latent, digits: asked.append(digits.tolist()) or
                         generate(modG, latent, digits))
     pictures = samples(s, sample=10, digits='5551234')
-    assert asked[0] == [5, 5, 5, 1, 2, 3, 4, 5, 5, 5] and asked[1] == [d for d in (5, 5, 5, 1, 2, 3) for _ in range(10)]
+    assert asked[0] == [5, 5, 5, 1, 2, 3, 4, 5, 5, 5]
+    assert asked[-1] == [d for d in (5, 5, 5, 1, 2, 3) for _ in range(10)]
     assert pictures['sample.png'].shape == (2 * 64, 7 * 64, 3)  # one digit a column
 
 
@@ -179,8 +192,8 @@ def test_the_mosaics_of_the_epochs_are_of_the_same_latents(tiny):
     dcgan.train(s)
     latent, digits = dcgan.fixed_latents(s, s.batch_size)
     for epoch in range(2):
-        path, = glob.glob(f'{s.out}/*_G_*-{epoch:04d}.params')
+        path, = glob.glob(f'{s.out}/latest/*_G_*-{epoch:04d}.params')
         mod = mx.mod.Module.load(path[:-len('-0000.params')], epoch, data_names=('rand',), label_names=None)
         mod.bind([('rand', (s.batch_size, 8, 1, 1))], for_training=False)
         expected = visual.tile(dcgan.generate(mod, latent, digits))
-        assert np.array_equal(cv2.imread(f'{s.out}/gout-{epoch:04d}.png'), expected)
+        assert np.array_equal(cv2.imread(f'{s.out}/latest/gout-{epoch:04d}.png'), expected)

@@ -425,7 +425,8 @@ def test_a_list_of_devices_can_be_written_into_the_settings():
     (dict(resume='nothing'), ['nothing', 'latest']), (dict(resume='latest'), ['latest']),
     (dict(resume='x_G_y-0003.params'), ['resume', 'sample only']), (dict(kvstore='dist_sync'), ['DMLC_']),
     (dict(conditional=True, dataset='imagenet', nc=3), ['conditional']), (dict(digits=5551234), ['digits', 'quotes']),
-    (dict(resume=True), ['resume', 'quotes']), (dict(out=None), ['out', 'quotes']), (dict(mnist_path=5), ['mnist_path']),
+    (dict(resume=True), ['resume', 'quotes']), (dict(out=None), ['out', 'quotes']),
+    (dict(mnist_path=5), ['mnist_path']),
     (dict(conditional='no'), ['conditional', 'True or False']),
 ], ids=str)
 def test_errors_are_one_line(tiny, capsys, changes, words):

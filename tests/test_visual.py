@@ -15,9 +15,9 @@ import warnings
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import visual
-from conftest import ROOT
 
 TITLES = ('gout', 'diff', 'data', 'loss')
 COLOURS = ((0, 94, 213), (178, 114, 0), (115, 158, 0))  # of plot's curves, in their order
@@ -31,7 +31,8 @@ for line in sys.stdin:
     seed = int(line)
     for i, title in enumerate(('gout', 'diff', 'data')):
         visual.visual(title, np.random.RandomState(seed + i).uniform(-1.2, 1.2, (60, 1, 64, 64)), sys.argv[1])
-    visual.show('loss', visual.plot(np.array([10, 20]), {'G': np.array([seed, 1]), 'D': np.array([1, 2])}), sys.argv[1])
+    losses = visual.plot(np.array([10, 20]), {'G': np.array([seed, 1]), 'D': np.array([1, 2])})
+    visual.show_picture('loss', losses, sys.argv[1])
     print('round', visual.quit_pressed(), flush=True)
 '''
 
@@ -39,7 +40,8 @@ for line in sys.stdin:
 def pictures(seed):
     """What a run shows at that number."""
     drawn = [visual.tile(np.random.RandomState(seed + i).uniform(-1.2, 1.2, (60, 1, 64, 64))) for i in range(3)]
-    return dict(zip(TITLES, [*drawn, visual.plot(np.array([10, 20]), {'G': np.array([seed, 1]), 'D': np.array([1, 2])})]))
+    losses = visual.plot(np.array([10, 20]), {'G': np.array([seed, 1]), 'D': np.array([1, 2])})
+    return dict(zip(TITLES, [*drawn, losses]))
 
 
 def step(run, seed):
@@ -71,7 +73,8 @@ def no_screen(monkeypatch):
     """No display unless a test brings one; nothing said yet."""
     monkeypatch.delenv('DISPLAY', raising=False)
     monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)
-    monkeypatch.setattr(visual, '_state', {})
+    monkeypatch.setattr(visual, '_viewers', {})
+    monkeypatch.setattr(visual, '_warned', set())
 
 
 @pytest.fixture
@@ -167,8 +170,8 @@ def test_without_a_screen(tmp_path, capsys):
     X = np.random.RandomState(0).uniform(-1, 1, (5, 3, 8, 6))
     out = str(tmp_path / 'new' / 'out')
     for title in ('gout', 'diff', 'gout'):
-        visual.visual(title, X, out, columns=4)
-        np.testing.assert_array_equal(cv2.imread(os.path.join(out, f'{title}.png')), visual.tile(X, 4))
+        visual.visual(title, X, out)
+        np.testing.assert_array_equal(cv2.imread(os.path.join(out, f'{title}.png')), visual.tile(X))
     said = capsys.readouterr().out
     assert said.startswith('no window') and out in said and said.count('\n') == 1
     assert sorted(os.listdir(out)) == ['diff.png', 'gout.png']
@@ -313,7 +316,8 @@ def test_plot_is_to_scale():
 
 def test_plot_draws_each_value_at_its_iteration():
     """An epoch's last iterations may have no line of their own."""
-    wide, even = (visual.plot(np.array(x), {'G': np.array([1., 1, 3, 3])}) for x in ([10, 20, 90, 100], [25, 50, 75, 100]))
+    wide, even = (visual.plot(np.array(x), {'G': np.array([1., 1, 3, 3])})
+                  for x in ([10, 20, 90, 100], [25, 50, 75, 100]))
     rise = [np.nonzero((picture == COLOURS[0]).all(axis=2)[100:400].any(axis=0))[0] for picture in (wide, even)]
     assert (wide != even).any() and rise[0].min() < rise[1].min()
 
@@ -326,3 +330,58 @@ def test_plot_labels():
                                  (plot(G=values * 10), slice(0, 480), slice(0, 48))):  # entropy
         assert (picture[rows, columns] != other[rows, columns]).any()
         np.testing.assert_array_equal(picture[40:430, 60:600], other[40:430, 60:600])
+
+
+def test_plot_draws_no_more_points_than_columns(monkeypatch):
+    """And the strong line is the mean of neighbours."""
+    lines, polylines = [], cv2.polylines
+    monkeypatch.setattr(cv2, 'polylines', lambda picture, points, *args: lines.append(points[0]) or
+                        polylines(picture, points, *args))
+    plot(G=np.random.RandomState(0).rand(9380))
+    assert len(lines) == 2 and all(300 < len(points) <= 560 for points in lines)
+    lines.clear()
+    values = np.random.RandomState(0).rand(100)
+    plot(G=values)
+    rows = 435 - np.clip(values / (1.1 * np.percentile(values, 99)) * 400, 0, 400)
+    assert np.abs(lines[1][:, 0, 1] - np.convolve(rows, np.full(2, 0.5), 'valid')).max() <= 0.5
+
+
+# ---------------------------------------------------------------- the film
+
+def write_mosaics(out, pictures):
+    for i, picture in enumerate(pictures):
+        visual.save(str(out / f'gout-{i:04d}.png'), picture)
+
+
+def frames(out):
+    return cv2.imreadanimation(str(out / 'film.webp'))[1].frames
+
+
+def test_film(tmp_path):
+    shades = [np.full((64, 64, 3), shade, np.uint8) for shade in (0, 60, 120, 180)]
+    write_mosaics(tmp_path, shades)
+    visual.save(str(tmp_path / 'gout-0000-00050.png'), np.full((64, 64, 3), 240, np.uint8))  # before its epoch's end
+    visual.film(str(tmp_path))
+    assert [round(frame[..., :3].mean() / 60) for frame in frames(tmp_path)] == [4, 0, 1, 2, 3]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ['.png'] * 5 + ['.webp']
+
+
+def test_film_is_never_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(visual, 'FILM_BYTES', 100_000)
+    pictures = [np.random.RandomState(i).randint(0, 256, (96, 96, 3)).astype(np.uint8) for i in range(60)]
+    write_mosaics(tmp_path, [*pictures, np.full((96, 96, 3), 200, np.uint8)])
+    visual.film(str(tmp_path))
+    assert os.path.getsize(tmp_path / 'film.webp') <= 100_000
+    assert 3 <= len(frames(tmp_path)) < 50 and abs(frames(tmp_path)[-1][..., :3].mean() - 200) < 5  # the newest is last
+
+
+def test_film_that_cannot_be_written(tmp_path, capsys):
+    write_mosaics(tmp_path, [np.zeros((64, 64, 3), np.uint8)])
+    visual.film(str(tmp_path))
+    before = (tmp_path / 'film.webp').read_bytes()
+    (tmp_path / 'gout-0001.png').write_bytes(b'damaged')
+    for _ in range(2):
+        visual.film(str(tmp_path))
+    said = capsys.readouterr().out
+    assert said.startswith('WARNING') and said.count('\n') == 1 and 'film.webp' in said
+    assert (tmp_path / 'film.webp').read_bytes() == before

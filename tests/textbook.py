@@ -5,9 +5,10 @@ are several networks with the same weights, each with its part of the batch.
 """
 import itertools
 
-import dcgan
 import mxnet as mx
 import numpy as np
+
+import dcgan
 
 
 def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epochs=1, parts=1):
