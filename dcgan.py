@@ -203,6 +203,11 @@ def fentropy(label, pred):
 
 # ---------------------------------------------------------------- the modules
 
+def learning_rate(s):
+    """Adam's: `lr`, or where it is 0 by the rule that tests/study.py found."""
+    return s.lr or min(0.001, 0.04 / max(s.ngf, s.ndf))
+
+
 def make_modules(s, data_shapes, rand_shapes, kv=None):
     """G, D, and D's twin that only finds input gradients; bound, initialised, with their optimisers.
 
@@ -219,7 +224,7 @@ def make_modules(s, data_shapes, rand_shapes, kv=None):
     mx.random.seed(s.seed)
     for mod in (modG, modD):
         mod.init_params(mx.init.Normal(0.02))
-        mod.init_optimizer(kv or s.kvstore, 'adam', {'learning_rate': s.lr, 'beta1': s.beta1, 'wd': 0.})
+        mod.init_optimizer(kv or s.kvstore, 'adam', {'learning_rate': learning_rate(s), 'beta1': s.beta1, 'wd': 0.})
         # MXNet makes Adam's moments at the first update; a run that is resumed needs them before
         for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):
             mod._updater.states[i] = mod._optimizer.create_state(i, weight)
@@ -960,7 +965,7 @@ def train(settings):
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(stop))
             check(s)
-            s.lr = s.lr or min(0.001, 0.04 / max(s.ngf, s.ndf))
+            s.lr = learning_rate(s)
             if s.resume == 'latest':
                 s.resume = os.path.realpath(os.path.join(s.out, 'latest'))
             if s.sample:
