@@ -762,14 +762,14 @@ def test_divergence_stops_the_run_and_overwrites_nothing(copy):
     folder = latest(copy)
     before = {**contents(folder, '*.params'), **contents(folder, '*.npz')}
     with pytest.raises(SystemExit) as caught:
-        dcgan.train(replace(copy, lr=1e9, epochs=5))
+        dcgan.train(replace(copy, lr=1e30, epochs=5))
     assert all(word in caught.value.code for word in (
         'not finite', 'epoch 3', 'iteration', f'{folder}/state-0003-00000.npz', 'lr')) and '\n' not in caught.value.code
     assert {**contents(folder, '*.params'), **contents(folder, '*.npz')} == before
 
 
 def test_divergence_before_the_first_save(tiny):
-    s = tiny(lr=1e9)
+    s = tiny(lr=1e30)
     with pytest.raises(SystemExit) as caught:
         dcgan.train(s)
     assert all(word in caught.value.code for word in ('not finite', 'epoch 0', 'nothing was saved', 'lr'))
@@ -849,7 +849,7 @@ def test_other_settings_are_said(copy, capsys):
 
 
 def test_another_number_of_workers_is_said(copy, capsys):
-    edit_state(copy, lambda arrays, about: about.update(workers=2))
+    edit_state(copy, lambda arrays, about: about['settings'].update(workers=2))
     dcgan.train(replace(copy, epochs=4))
     assert 'WARNING: workers was 2 and is 1' in capsys.readouterr().out
 
@@ -868,7 +868,8 @@ def test_another_datasets_state(copy):
     lambda arrays: arrays.update(g1_weight_=arrays.pop('g1_weight')),
     lambda arrays: arrays.update(g1_weight=arrays['g1_weight'][:0]),
     lambda arrays: arrays.update(g1_weight=arrays['g1_weight'][0]),
-], ids=['a G for a D', 'no weight', 'no moving mean', 'no moment', 'another name', 'no device', 'no axis'])
+    lambda arrays: arrays.update(g1_weight=arrays['g1_weight'].astype(np.int64)),
+], ids=['a G for a D', 'no weight', 'no moving mean', 'no moment', 'another name', 'no device', 'no axis', 'integers'])
 def test_a_state_without_the_arrays_that_were_saved(copy, capsys, change):
     path = edit_state(copy, lambda arrays, about: change(arrays))
     with pytest.raises(SystemExit) as caught:
@@ -955,19 +956,24 @@ HOSTILE = hypothesis_settings(max_examples=200, deadline=None, suppress_health_c
 
 
 def read_or_refuse(path, content):
-    """What is read of a file with such content; None where it is refused in one line. Memory stays bounded."""
+    """What is read of a file with such content; None where it is refused in one line."""
     with open(path, 'wb') as file:
         file.write(content)
-    tracemalloc.start()
     try:
         return dcgan.read_state(str(path))
     except ValueError as error:
         assert str(path) in str(error) and '\n' not in str(error)
         return None
+
+
+@contextlib.contextmanager
+def bounded_memory():
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 500e6
     finally:
-        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 500e6
 
 
 @pytest.fixture(scope='module')
@@ -1005,7 +1011,8 @@ def test_a_state_that_was_cut(original, tmp_path):
 @HOSTILE
 @given(content=strategies.binary(max_size=300))
 def test_random_bytes(tmp_path, content):
-    assert read_or_refuse(tmp_path / 'file', content) is None
+    with bounded_memory():
+        assert read_or_refuse(tmp_path / 'file', content) is None
 
 
 @HOSTILE
@@ -1018,7 +1025,8 @@ def test_a_state_with_changed_bytes(original, tmp_path, data):
         place = start + data.draw(strategies.integers(0, 250))
         content[place % len(content)] = data.draw(strategies.integers(0, 255))
     end = data.draw(strategies.one_of(strategies.just(len(content)), strategies.integers(0, len(content))))
-    assert_refused_or_the_same(original, tmp_path / 'file', bytes(content[:end]))
+    with bounded_memory():
+        assert_refused_or_the_same(original, tmp_path / 'file', bytes(content[:end]))
 
 
 def test_an_array_that_claims_to_be_large(original, tmp_path):
@@ -1026,7 +1034,8 @@ def test_an_array_that_claims_to_be_large(original, tmp_path):
     content = bytearray(original[0])
     header = content.index(b"'shape': (1, ")
     content[header + 9:header + 20] = b'(1000000000'
-    assert read_or_refuse(tmp_path / 'file', bytes(content)) is None
+    with bounded_memory():
+        assert read_or_refuse(tmp_path / 'file', bytes(content)) is None
 
 
 @pytest.mark.parametrize('content', ['', '[', '[' * 100_000, '{"epoch": 1e999}', 'null', '[]', '3', '{}'])
