@@ -350,56 +350,33 @@ class ImagenetIter(mx.io.DataIter):
 
 
 def _check_rec(path, batch_size):
-    """Find out in Python what MXNet would find out in a decoding thread, where an error ends the process: no RecordIO
-    file, cut short, too few records, no images (of which the first is looked at: a bad one later still ends it).
+    """Find out here what MXNet would find out in a decoding thread, where an error ends the process: no RecordIO file,
+    cut short, fewer images than a batch, a first record that is no image (a later one still ends the process).
 
-    RecordIO (dmlc-core, recordio.h): magic, 3 bits of flag and 29 of length, the data padded to 4 bytes. An aligned
-    magic never occurs inside the data, so the last one in the file starts the last record.
+    RecordIO (dmlc-core, recordio.h): magic number, 3 bits of flag and 29 of length, the data padded to 4 bytes. An
+    aligned magic number never occurs inside the data, so the last one in the file starts the last record or part of it.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path}: no such file; imgnet_path must name a .rec made by im2rec.py')
     if set('#?;') & set(path):
         raise ValueError(f'{path}: MXNet reads # ? and ; in a name its own way; rename it')
-    redo = 'make it again with im2rec.py'
-    if not os.path.getsize(path):
-        raise ValueError(f'{path}: empty; {redo}')
-    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        magic, size = struct.pack('<I', 0xced7230a), len(content)
-
-        def read_header(offset):
-            """Flag and end of the record, or the part of one, that starts at `offset`."""
-            if content[offset:offset + 4] != magic:
-                raise ValueError(f'{path}: not a RecordIO file (at byte {offset}); {redo}')
-            flag, length = divmod(int.from_bytes(content[offset + 4:offset + 8], 'little'), 1 << 29)
-            end = offset + 8 + -(-length // 4) * 4
-            if end > size:
-                raise ValueError(f'{path}: cut short (at byte {size}); {redo}')
-            return flag, end
-
-        flag, end = read_header(0)
-        if flag == 0 and not _is_image(content[8:end]):
-            raise ValueError(f'{path}: its records are not images; {redo}')
-        images = offset = 0
-        while images < batch_size and offset < size:
-            flag, offset = read_header(offset)
-            images += flag in (0, 1)  # the whole of a record or its first part
-        if images < batch_size:
-            raise ValueError(f'{path}: has {images} images, fewer than the batch of {batch_size}')
-        last = content.rfind(magic)
-        while last % 4:
-            last = content.rfind(magic, 0, last + 3)
-        flag, end = read_header(last)
-        if end != size or flag not in (0, 3):  # the whole of a record or its last part
-            raise ValueError(f'{path}: cut short (at byte {size}); {redo}')
-
-
-def _is_image(record):
-    """Whether OpenCV can decode the image in a record."""
     try:
-        _, image = mx.recordio.unpack(record)
-        return cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) is not None
-    except (struct.error, ValueError, cv2.error):
-        return False
+        reader = mx.recordio.MXRecordIO(path, 'r')
+        records = list(filter(None, (reader.read() for _ in range(batch_size))))
+        first = cv2.imdecode(np.frombuffer(mx.recordio.unpack(records[0])[1], np.uint8), cv2.IMREAD_COLOR)
+        with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            magic = struct.pack('<I', 0xced7230a)
+            last = content.rfind(magic)
+            while last % 4:
+                last = content.rfind(magic, 0, last + 3)
+            flag, length = divmod(int.from_bytes(content[last + 4:last + 8], 'little'), 1 << 29)
+            whole = flag in (0, 3) and last + 8 + -(-length // 4) * 4 == len(content)  # 3: a record's last part
+    except (IndexError, ValueError, struct.error, cv2.error, mx.MXNetError):
+        first = None
+    if first is None or not whole:
+        raise ValueError(f'{path}: empty, cut short, or no RecordIO file of images; make it again with im2rec.py')
+    if len(records) < batch_size:
+        raise ValueError(f'{path}: has {len(records)} images, fewer than the batch of {batch_size}')
 
 
 # ---------------------------------------------------------------- what a run needs, by its settings

@@ -7,9 +7,7 @@ that teaches it, `data` the real images. One training step is `train_step`, numb
 Goodfellow et al. 2014, "Generative Adversarial Nets" (arXiv 1406.2661), the game and its loss; Radford et al. 2015,
 "Unsupervised Representation Learning with Deep Convolutional GANs" (arXiv 1511.06434), the networks.
 """
-import array
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import functools
@@ -39,10 +37,9 @@ import visual
 
 
 def allow_lists(cls):
-    """Let a dataclass have lists as defaults, such as `ctx: object = [mx.gpu(0), mx.gpu(1)]`."""
-    for name, value in list(vars(cls).items()):
-        if isinstance(value, list):
-            setattr(cls, name, dataclasses.field(default_factory=value.copy))
+    """Let a dataclass have a list as its `ctx`: `ctx: object = [mx.gpu(0), mx.gpu(1)]`."""
+    if isinstance(cls.ctx, list):
+        cls.ctx = dataclasses.field(default_factory=cls.ctx.copy)
     return cls
 
 
@@ -119,21 +116,16 @@ def check_devices(s):
     needed = (0.7e9 + 8 * s.batch_size / len(s.ctx) * (5760 * s.ngf + 4736 * s.ndf)
               + 20 * 16 * (8 * s.Z * s.ngf + 42 * s.ngf ** 2 + 42 * s.ndf ** 2))
     for ctx in s.ctx:
-        problem = None
         try:
-            if ctx.device_type == 'gpu' and ctx.device_id >= mx.context.num_gpus():
-                problem = f'no such GPU ({mx.context.num_gpus()} found)'
-            elif ctx.device_type == 'gpu' and mx.context.gpu_memory_info(ctx.device_id)[0] < needed:
-                free = mx.context.gpu_memory_info(ctx.device_id)[0]
-                problem = f'{free / 1e9:.1f} GB of its memory are free, about {needed / 1e9:.1f} GB are needed'
-            else:
-                mx.nd.ones(1, ctx).asnumpy()
-        except mx.MXNetError as error:
+            free = mx.context.gpu_memory_info(ctx.device_id)[0] if ctx.device_type == 'gpu' else math.inf
+            if free < needed:
+                raise ValueError(f'{free / 1e9:.1f} GB of its memory are free, about {needed / 1e9:.1f} GB are needed')
+            mx.nd.ones(1, ctx).asnumpy()
+        except (ValueError, mx.MXNetError) as error:
             problem = data.last_line(error)
             if 'no kernel image' in problem:
                 problem += '; mxnet-cu112 has code for compute capability 5.0 to 8.9 only, Maxwell to Ada'
-        if problem:
-            raise ValueError(f'ctx = {ctx}: {problem}; set ctx to mx.cpu() or to another GPU')
+            raise ValueError(f'ctx = {ctx}: {problem}; set ctx to mx.cpu() or to another GPU') from None
 
 
 # ---------------------------------------------------------------- the symbols
@@ -174,16 +166,16 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12)
 
 
 def print_network(s, title, mod, folder):
-    """A line a layer: its output's shape, and how many parameters it has, with those of its BatchNorm."""
+    """Print a line a layer: its output's shape, and how many parameters it has, with those of its BatchNorm."""
     inputs = dict(mod.data_shapes + (mod.label_shapes or []))
-    sizes = {name: copies[0].size for name, copies in zip(mod._param_names, mod._exec_group.param_arrays)}
     internals = mod.symbol.get_internals()
-    outputs = dict(zip(internals.list_outputs(), internals.infer_shape(**inputs)[1]))
+    shapes = dict(zip(internals.list_outputs(), internals.infer_shape(**inputs)[1]))
+    sizes = {name: math.prod(shapes[name]) for name in mod._param_names}
     print(f'{title}: {sum(sizes.values()):,} parameters')
-    for layer in (f'{title.lower()}{i}' for i in range(1, 6)):
-        own = (f'{layer}_', f'{layer[0]}bn{layer[1]}_')
-        size = sum(size for name, size in sizes.items() if name.startswith(own))
-        print(f'  {layer} {str(outputs[f"{layer}_output"]):20}{size:12,}')
+    net = title.lower()
+    for i in range(1, 6):
+        size = sum(size for name, size in sizes.items() if name.startswith((f'{net}{i}_', f'{net}bn{i}_')))
+        print(f'  {net}{i} {str(shapes[f"{net}{i}_output"]):20}{size:12,}')
     if s.plot and folder and shutil.which('dot'):
         mx.viz.plot_network(mod.symbol, shape=inputs, save_format='png').render(f'{folder}/net_{title}', cleanup=True)
 
@@ -283,54 +275,43 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1):
 
 # ---------------------------------------------------------------- the loop
 
-def train_loop(s, modules, train_iter, rand_iter, run, coverage, kv, stop):
+FILM_ITERATIONS = (50, 100, 200, 400, 800)  # of the first epoch, in which most happens: the film shows them, too
+
+
+def train_loop(s, modules, train_iter, rand_iter, run, coverage, stop):
     """Train until `s.epochs` are done, or until a process of the run is asked to stop.
 
-    Parameters: the settings; what `make_modules` returns; the real batches of an epoch, and latent ones without end;
-    `Run`, which knows where to begin; `data.Coverage` or None; the key-value store of a cluster or None; `Stop`.
+    Parameters: the settings; what `make_modules` returns; the iterators over real and over latent batches; `Run`, which
+    knows where to begin; `data.Coverage` or None; `Stop`.
     Raises ValueError where a loss or a parameter is not finite.
     """
     label0, label1 = mx.nd.zeros(s.batch_size, s.ctx[0]), mx.nd.ones(s.batch_size, s.ctx[0])
-    monitor = install_monitor(s, modules) if s.monitor else None
-    shown = None
-    while run.epoch < s.epochs:
-        for batch, rbatch in epoch_batches(s, run, train_iter, rand_iter, kv, stop):
-            if monitor:
-                monitor.tic()
+    monitor = install_monitor(s, modules)
+    while run.epoch < s.epochs and not stop.agreed:
+        for batch, rbatch in epoch_batches(s, run, train_iter, rand_iter, stop):
+            monitor.tic()
             fakes, diff, answers = train_step(*modules, rbatch, batch, label0, label1)
-            if monitor:
-                monitor.toc_print()
-            run.add(answers)
-            shown = fakes, diff, batch, rbatch
+            monitor.toc_print()
+            run.add(answers, pictures=(fakes, diff, batch, rbatch))
             if run.iteration % 10 == 0:
                 run.print_line()
-                if time.monotonic() > run.last_picture + 1:  # nobody looks at more than one a second
-                    show_pictures(s, run, *shown)
-                if visual.quit_pressed():
-                    stop.signum = stop.signum or signal.SIGINT
+                if time.monotonic() > run.last_shown + 1:  # nobody looks at more than one a second
+                    show_pictures(s, run)
             if run.epoch == 0 and run.iteration in FILM_ITERATIONS:
                 save_mosaic(s, run, modules[0], f'gout-0000-{run.iteration:05d}')
-        if stop.agreed:
-            break
-        run.print_line()  # of the last iterations, fewer than ten
-        if shown:
-            show_pictures(s, run, *shown)
-        finish_epoch(s, modules, run, coverage)
-        run.epoch, run.iteration, run.num_batches = run.epoch + 1, 0, run.iteration
-        run.save_state(s, modules)
+        if not stop.agreed:
+            run.print_line()  # of the last iterations, fewer than ten
+            show_pictures(s, run)
+            finish_epoch(s, run, modules, coverage)
+            run.epoch, run.iteration, run.num_batches = run.epoch + 1, 0, run.iteration
+        run.save_state(modules)
         run.start_clock()  # pictures, counting and saving are no part of the speed
-    if stop.agreed:
-        run.save_state(s, modules)
 
 
-FILM_ITERATIONS = (50, 100, 200, 400, 800)  # of the first epoch, in which most happens: the film shows these too
-
-
-def epoch_batches(s, run, train_iter, rand_iter, kv, stop):
+def epoch_batches(s, run, train_iter, rand_iter, stop):
     """Yield the real and the latent batches of an epoch, from where the run stands in it, until each worker has seen
     its share of the images, or one is asked to stop."""
-    rank, workers = (kv.rank, kv.num_workers) if kv else (0, 1)
-    mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * rank)  # each worker has latents of its own
+    mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * run.cluster.rank)  # each worker has latents of its own
     train_iter.reset()
     for _ in range(run.iteration):
         rand_iter.next()
@@ -339,9 +320,9 @@ def epoch_batches(s, run, train_iter, rand_iter, kv, stop):
     while True:
         batch = next(train_iter, None)
         done = done or batch is None
-        num_done, num_stopping = vote(kv, done, bool(stop.signum))
+        num_done, num_stopping = run.cluster.vote(done, stop.asked())
         stop.agreed = num_stopping > 0
-        if stop.agreed or num_done == workers:
+        if stop.agreed or num_done == run.cluster.workers:
             return
         if batch is None:  # this worker's share is done, another's is not
             train_iter.reset()
@@ -350,26 +331,29 @@ def epoch_batches(s, run, train_iter, rand_iter, kv, stop):
 
 
 def install_monitor(s, modules):
-    """A monitor that prints the root mean square of each layer's output, and of `diff`, every so many batches."""
-    monitor = mx.mon.Monitor(s.monitor, lambda x: mx.nd.norm(x) / math.sqrt(x.size), '.*output|d1_backward_data', True)
-    logging.basicConfig(format='%(message)s', level=logging.INFO, stream=sys.stdout)
-    for mod in modules[:2]:
-        mod.install_monitor(monitor)
+    """A monitor that prints the root mean square of each layer's output, and of `diff`, every `s.monitor` batches."""
+    monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='.*output|d1_backward_data', sort=True)
+    if s.monitor:
+        logging.basicConfig(format='%(message)s', level=logging.INFO, stream=sys.stdout)
+        for mod in modules[:2]:
+            mod.install_monitor(monitor)
     return monitor
 
 
-def show_pictures(s, run, fakes, diff, batch, rbatch):
+def show_pictures(s, run):
     """Show the fakes, their gradient, the real batch and the losses; of a conditional run with a digit a column."""
-    if run.folder:
-        diff = diff.asnumpy()
-        diff = (diff - diff.mean()) / (diff.std() or 1)
-        reals = batch.data[0].slice_axis(axis=1, begin=0, end=s.nc).asnumpy()
-        for title, X, labels in (('gout', fakes.asnumpy(), rbatch.label), ('diff', diff, rbatch.label),
-                                 ('data', reals, batch.label)):
-            digits = labels[0].asnumpy().astype(int) if s.conditional else None
-            visual.visual(title, X, run.folder, s.display, digits)
-        visual.show_picture('loss', visual.plot(*run.curves()), run.folder, s.display)
-        run.last_picture = time.monotonic()
+    if not run.folder or not run.pictures:
+        return
+    fakes, diff, batch, rbatch = run.pictures
+    diff = diff.asnumpy()
+    diff = (diff - diff.mean()) / (diff.std() or 1)
+    reals = batch.data[0].slice_axis(axis=1, begin=0, end=s.nc).asnumpy()
+    for title, X, labels in (('gout', fakes.asnumpy(), rbatch.label), ('diff', diff, rbatch.label),
+                             ('data', reals, batch.label)):
+        visual.visual(title, X, run.folder, s.display, labels[0].asnumpy().astype(int) if s.conditional else None)
+    iterations, G, D = np.reshape(run.losses, (-1, 3)).T
+    visual.show_picture('loss', visual.plot(iterations, {'G': G, 'D': D}), run.folder, s.display)
+    run.last_shown = time.monotonic()
 
 
 def save_mosaic(s, run, modG, title):
@@ -379,8 +363,8 @@ def save_mosaic(s, run, modG, title):
         visual.visual(title, generate(modG, latent, digits), run.folder, False, digits)
 
 
-def finish_epoch(s, modules, run, coverage):
-    """What an epoch leaves: a mosaic, the film, the count of digits among 1,000 images, MXNet's own files."""
+def finish_epoch(s, run, modules, coverage):
+    """Leave a mosaic, the film, the count of digits among 1,000 images, and MXNet's own files."""
     if not run.folder:
         return
     arrays = run.snapshot(modules)
@@ -407,10 +391,15 @@ class Stop(io.TextIOBase):
     """
 
     signum = time = 0  # the signal that asked, and when
-    agreed = False     # whether the loop has ended for it; in a cluster, whether all loops have
+    agreed = False     # whether the loop ends for it; in a cluster, whether all loops do
 
     def __init__(self, stdout):
         self.stdout = stdout
+
+    def asked(self):
+        if visual.quit_pressed():
+            self.signum = self.signum or signal.SIGINT
+        return self.signum > 0
 
     def handle(self, signum, frame):
         """Handle a signal: the first asks, a second one ends the process at once."""
@@ -435,176 +424,148 @@ class Stop(io.TextIOBase):
 # ---------------------------------------------------------------- a run, in memory and on disk
 
 class Run:
-    """Where the training stands, its metrics since the last line, and its folder (the README has the folder's tree).
+    """Where the training stands, its metrics since the last line, and its folder (README, "What you see").
 
-    So many iterations of an epoch are done. `folder` is None in the processes of a cluster that do not print, show and
-    save. `about` is what a state remembers of its run; None: a run that begins.
+    `folder` is None in those processes of a cluster that do not print, show and save. `about` is what a state remembers
+    of its run; None: a run that begins.
     """
 
     FIELDS = ['epoch', 'iteration', 'seconds', 'facc', 'fentropy_G', 'fentropy_D', 'images_per_second',
               *(f'share_{digit}' for digit in range(10)), 'digits', 'confidence', 'kl', 'asked', 'asked_worst']
 
-    def __init__(self, s, folder, num_batches, workers=1, about=None):
-        about = about or dict(name=os.path.basename(folder or ''), epoch=0, iteration=0, seconds=0, metrics=(),
-                              log_size=0, path=None)
-        self.name, self.epoch, self.iteration, self.saved = (about[k] for k in ('name', 'epoch', 'iteration', 'path'))
-        self.folder, self.num_batches, self.epochs = folder, num_batches, s.epochs
-        self.workers, self.images = workers, s.batch_size * workers  # images of one iteration
-        self.metrics = list(about['metrics'])  # mACC, mG, mD of each iteration since the last line
-        self.answers = []                      # D's, of the iterations that the metrics do not have yet
-        self.tic, self.timed = None, 0         # when the timed iterations began, and their number
+    def __init__(self, s, folder, num_batches, cluster, about=None):
+        self.s, self.folder, self.num_batches, self.cluster = s, folder, num_batches, cluster
+        about = about or dict(name=os.path.basename(folder or ''), epoch=0, iteration=0, num_update=0, seconds=0,
+                              metrics=[], losses=[], log_size=0)
+        self.name, self.epoch, self.iteration = about['name'], about['epoch'], about['iteration']
+        self.num_update = about['num_update']  # iterations of all epochs: what Adam's bias correction counts
+        self.metrics = about['metrics']        # mACC, mG, mD of each iteration since the last line
+        self.answers = []                      # D's, of the iterations that `metrics` does not have yet
+        self.losses = about['losses']          # of each line its num_update, and the entropies of G and D
+        self.pictures, self.last_shown = None, -math.inf
+        self.warm = False                      # whether a first step is done
+        self.start = time.monotonic() - about['seconds']
         self.lost, self.warned = 0, False      # iterations in a row in which D has won; whether that was said
-        self.start, self.last_picture = time.monotonic() - about['seconds'], -math.inf
+        self.saved = about.get('path')
+        self.start_clock()
         if folder:
-            for leftover in glob.glob(os.path.join(glob.escape(folder), '*.tmp*')):
-                with contextlib.suppress(OSError):  # of a run that was killed while it wrote
-                    os.remove(leftover)
-            self.open_log(os.path.join(folder, 'log.csv'), about['log_size'])
+            for leftover in glob.glob(os.path.join(glob.escape(folder), '*.tmp*')):  # of a run that was killed
+                remove(leftover)
+            self.log = os.path.join(folder, 'log.csv')
+            with open(self.log, 'a') as file:  # the rows after the state are of iterations that are done again
+                size = file.truncate(min(about['log_size'], os.path.getsize(self.log)))
+                file.write('' if size else ','.join(self.FIELDS) + '\n')
+            self.log_size = os.path.getsize(self.log)
 
-    def open_log(self, path, size):
-        """Go on with a log of that size: what comes after it is of iterations that are done again."""
-        with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
-            size = file.read(size).rfind(b'\n') + 1  # a full disk may have cut the last row
-        self.log = open(path, 'a+', newline='', errors='replace')  # noqa: SIM115  for as long as the run
-        self.log.truncate(min(size, os.path.getsize(path)))
-        self.log.seek(0)
-        self.losses = array.array('d')  # of each line its epoch, iteration, entropy of G and of D
-        for row in csv.DictReader(self.log):
-            self.note(row)
-        self.writer = csv.DictWriter(self.log, self.FIELDS)
-        if not os.path.getsize(path):
-            self.writer.writeheader()
-            self.log.flush()
-
-    def add(self, answers):
-        """Count an iteration; `answers` is what `train_step` returns."""
-        self.iteration, self.timed = self.iteration + 1, self.timed + 1
+    def add(self, answers, pictures=None):
+        """Count an iteration; `answers` is what `train_step` returns, `pictures` what `show_pictures` shows."""
+        self.iteration, self.num_update, self.pictures = self.iteration + 1, self.num_update + 1, pictures
         self.answers.append(answers)
-        if self.tic is None:  # the first step loads libraries and tries algorithms: the clock starts after it
+        if not self.warm:  # the first step loads libraries and tries algorithms: the clock starts after it
             mx.nd.waitall()
+            self.warm = True
             self.start_clock()
 
     def start_clock(self):
         """Measure the speed from now on."""
-        self.tic, self.timed = time.monotonic(), 0
+        self.tic, self.timed_from = time.monotonic(), self.num_update
 
     def update_metrics(self):
         """Bring the metrics up to date, with one copy from the device for all iterations since the last time."""
-        if not self.answers:
-            return
-        answers = mx.nd.concat(*itertools.chain(*self.answers), dim=0).asnumpy().reshape(len(self.answers), 3, -1)
-        label0, label1 = np.zeros_like(answers[0, 0]), np.ones_like(answers[0, 0])
-        for i, (to_fakes, to_reals, after_update) in enumerate(answers, self.iteration - len(answers) + 1):
-            mACC = (facc(label0, to_fakes) + facc(label1, to_reals)) / 2
-            mD = (fentropy(label0, to_fakes) + fentropy(label1, to_reals)) / 2
-            self.metrics.append([float(mACC), float(fentropy(label1, after_update)), float(mD)])
-            if not np.isfinite(self.metrics[-1]).all():
-                self.diverged('the loss', i)
-        self.answers = []
+        if self.answers:
+            answers = mx.nd.concat(*itertools.chain(*self.answers), dim=0).asnumpy().reshape(len(self.answers), 3, -1)
+            label0, label1 = np.zeros_like(answers[0, 0]), np.ones_like(answers[0, 0])
+            for to_fakes, to_reals, after_update in answers:
+                mACC = (facc(label0, to_fakes) + facc(label1, to_reals)) / 2
+                mD = (fentropy(label0, to_fakes) + fentropy(label1, to_reals)) / 2
+                self.metrics.append([float(mACC), float(fentropy(label1, after_update)), float(mD)])
+            self.answers = []
+            self.check_finite('the loss', self.metrics)
 
-    def diverged(self, what, iteration):
-        """End a run whose numbers are ruined."""
-        saved = f'the last good state is {self.saved}' if self.saved else 'nothing was saved before'
-        where = f'epoch {self.epoch}, iteration {iteration}'
-        raise ValueError(f'{what} is not finite at {where}; {saved}; try a smaller lr')
+    def check_finite(self, what, array):
+        """Raise ValueError where the numbers of a run are ruined."""
+        if not np.isfinite(array).all():
+            saved = f'the last good state is {self.saved}' if self.saved else 'nothing was saved before'
+            where = f'epoch {self.epoch}, iteration {self.iteration} (or shortly before)'
+            raise ValueError(f'{what} is not finite at {where}; {saved}; try a smaller lr')
 
     def print_line(self):
-        """Print a line for the iterations since the last one, write it to the log, and begin anew."""
+        """Print a line for the iterations since the last one, append it to the log, and begin anew."""
         self.update_metrics()
         if not self.metrics:
             return
         mACC, mG, mD = np.mean(self.metrics, axis=0)
-        seconds = (time.monotonic() - self.tic) / self.timed if self.timed else math.nan  # of an iteration
-        epoch_left = max(self.num_batches - self.iteration, 0) * seconds  # NaN stays NaN
-        run_left = epoch_left + (self.epochs - 1 - self.epoch) * self.num_batches * seconds
-        speed = f'{self.images / seconds:.0f}'.replace('nan', '?')
+        timed = self.num_update - self.timed_from
+        seconds = (time.monotonic() - self.tic) / timed if timed else math.nan  # of an iteration
+        left = max(self.num_batches - self.iteration, 0) * seconds  # NaN stays NaN
+        run_left = left + (self.s.epochs - 1 - self.epoch) * self.num_batches * seconds
+        speed = self.s.batch_size * self.cluster.workers / seconds
         print(f"epoch: {self.epoch} iter: {self.iteration} metric: ('facc', {mACC:.2f}) ('fentropy', {mG:.2f}) "
-              f"('fentropy', {mD:.2f}) {speed}/s {span(epoch_left)} {span(run_left)}")
-        self.write_row(facc=mACC, fentropy_G=mG, fentropy_D=mD, images_per_second=self.images / seconds)
+              f"('fentropy', {mD:.2f}) {speed:.0f}/s {span(left)} {span(run_left)}".replace('nan', '?'))
+        self.write_row(facc=mACC, fentropy_G=mG, fentropy_D=mD, images_per_second=speed)
         self.lost = self.lost + len(self.metrics) if mD < 0.01 and mG > 6 else 0
         if self.lost >= 200 and not self.warned:
             self.warned = True
             print('WARNING: D has told all fakes for 200 iterations, and G learns nothing: stop, and set a larger lr')
+        self.losses += [self.num_update, float(mG), float(mD)]
         self.metrics = []
         self.start_clock()
 
-    def note(self, row):
-        """Remember what `curves` needs of a row of the log."""
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a count of digits; a row that a full disk cut
-            self.losses.extend([float(row[name]) for name in ('epoch', 'iteration', 'fentropy_G', 'fentropy_D')])
-
     def write_row(self, **row):
-        """Append a row to the log. A full disk is said, and does not end the run."""
+        """Append a row to the log, whole or not at all. A full disk is said, and does not end the run."""
         if self.folder:
             row.update(epoch=self.epoch, iteration=self.iteration, seconds=round(time.monotonic() - self.start, 3))
-            self.note(row)
+            line = ','.join(str(row.get(name, '')) for name in self.FIELDS) + '\n'
             try:
-                self.writer.writerow(row)
-                self.log.flush()
+                with open(self.log, 'a') as file:
+                    file.write(line)
+                self.log_size += len(line)
             except OSError as error:
-                print(f'WARNING: {self.log.name} cannot be written ({error}); the run goes on')
-
-    def close(self):
-        """Close the log; that it cannot be written was said before."""
-        with contextlib.suppress(OSError):
-            self.log.close()
-
-    def curves(self):
-        """What `visual.plot` draws: the iterations since the start of the run, and the entropies there."""
-        epoch, iteration, G, D = np.array(self.losses).reshape(-1, 4).T
-        return epoch * np.nanmax([self.num_batches, iteration.max()]) + iteration, {'G': G, 'D': D}
+                print(f'WARNING: {self.log} cannot be written ({error}); the run goes on')
+                with contextlib.suppress(OSError):
+                    os.truncate(self.log, self.log_size)
 
     def snapshot(self, modules):
-        """{name: NumPy array}: what the run needs of the modules to go on. Raises ValueError where it is ruined."""
+        """{name: (devices, ...) NumPy array}: what the run needs of the modules to go on; all of it is finite."""
         mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
         arrays = {}
         for mod in modules[:2]:
             for name, copies in device_arrays(mod).items():
                 # all devices hold the same but for the moving averages, of which each has its own
                 arrays[name] = np.stack([copy.asnumpy() for copy in copies[:len(copies) if 'moving' in name else 1]])
-                if not np.isfinite(arrays[name]).all():
-                    self.diverged(name, self.iteration)
+                self.check_finite(name, arrays[name])
         return arrays
 
-    def save_state(self, s, modules):
-        """Save what the run needs to go on, and keep the newest two; where this fails, say so, and the run goes on."""
-        if not self.folder or not s.check_point:
+    def save_state(self, modules):
+        """Save what the run needs to go on, and keep the newest two states."""
+        if not self.folder or not self.s.check_point:
             return
         self.update_metrics()
         arrays = self.snapshot(modules)
-        about = dict(name=self.name, epoch=self.epoch, iteration=self.iteration, seconds=time.monotonic() - self.start,
-                     num_update=modules[0]._optimizer.num_update, metrics=self.metrics,
-                     settings=dict(vars(s), workers=self.workers), log_size=os.fstat(self.log.fileno()).st_size,
+        about = dict(name=self.name, epoch=self.epoch, iteration=self.iteration, num_update=self.num_update,
+                     seconds=time.monotonic() - self.start, metrics=self.metrics, losses=self.losses,
+                     log_size=self.log_size, settings=dict(vars(self.s), workers=self.cluster.workers),
                      shapes={name: array.shape for name, array in arrays.items()},
                      versions=dict(mxnet=mx.__version__, numpy=np.__version__, python=sys.version))
         path = os.path.join(self.folder, f'state-{self.epoch:04d}-{self.iteration:05d}.npz')
-        try:
-            with written_whole(path) as temporary, open(temporary, 'wb') as file:
-                np.savez(file, about=json.dumps(about, default=str), **arrays)
+        with written_whole(path) as (temporary,), open(temporary, 'wb') as file:
+            np.savez(file, about=json.dumps(about, default=str), **arrays)
+        if os.path.exists(path):
             self.saved = path
             for old in list_states(self.folder)[2:]:
-                with contextlib.suppress(OSError):  # it may stay
-                    os.remove(old)
-        except OSError as error:
-            print(f'WARNING: the state of epoch {self.epoch}, iteration {self.iteration} is not saved: {error}')
+                remove(old)
 
     def save_params(self, modules, arrays):
-        """Write both networks in MXNet's own format, under the names of the published script, and read them back:
-        MXNet does not notice every full disk."""
+        """Write both networks in MXNet's own format, under the names of the published script."""
         dataset, stamp = self.name.split('_', 1)
-        try:
-            for net, mod in zip('GD', modules):
-                prefix = os.path.join(self.folder, f'{dataset}_{net}_{stamp}')
-                params = {f'arg:{name}': mx.nd.array(arrays[name][0]) for name in mod._param_names}
-                params.update((f'aux:{name}', mx.nd.array(arrays[name][0])) for name in mod._aux_names)
-                with written_whole(f'{prefix}-symbol.json') as temporary:
-                    mod.symbol.save(temporary)
-                    mx.sym.load(temporary)
-                with written_whole(f'{prefix}-{self.epoch:04d}.params') as temporary:
-                    mx.nd.save(temporary, params)
-                    mx.nd.load(temporary)
-        except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
-            print(f'WARNING: the networks of epoch {self.epoch} are not saved: {data.last_line(error)}')
+        for net, mod in zip('GD', modules):
+            prefix = os.path.join(self.folder, f'{dataset}_{net}_{stamp}')
+            params = {f'arg:{name}': mx.nd.array(arrays[name][0]) for name in mod._param_names}
+            params.update((f'aux:{name}', mx.nd.array(arrays[name][0])) for name in mod._aux_names)
+            with written_whole(f'{prefix}-symbol.json', f'{prefix}-{self.epoch:04d}.params') as (symbol, weights):
+                mod.symbol.save(symbol)
+                mx.nd.save(weights, params)
+                mx.sym.load(symbol), mx.nd.load(weights)  # MXNet does not notice every full disk
 
 
 def span(seconds):
@@ -623,31 +584,43 @@ def device_arrays(mod):
     return arrays
 
 
+def remove(path):
+    """Remove a file. Where it cannot be removed, it stays."""
+    with contextlib.suppress(OSError):
+        os.remove(path)
+
+
 @contextlib.contextmanager
-def written_whole(path):
-    """Yield a name to write a file under, which then gets its true name: whole and on the disk, or not at all."""
-    temporary = f'{path}.tmp'
+def written_whole(*paths):
+    """Yield names to write files under, which then get their true names: whole and on the disk, or not at all.
+
+    Where that fails, it is said, and the run goes on.
+    """
+    temporary = [f'{path}.tmp' for path in paths]
     try:
         yield temporary
-        with open(temporary, 'rb') as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        for name in temporary:
+            with open(name, 'rb') as file:
+                os.fsync(file.fileno())
+        for name, path in zip(temporary, paths):
+            os.replace(name, path)
+    except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
+        print(f'WARNING: {paths[-1]} is not saved: {data.last_line(error)}')
+        for name in temporary:
+            remove(name)
 
 
 def new_folder(out, dataset):
     """Make a folder that no other run has, and let `latest` point to it."""
-    os.makedirs(out, exist_ok=True)
-    stamp = time.strftime('%Y_%m_%d-%H_%M')
-    for more in itertools.chain([''], (f'_{n}' for n in itertools.count(2))):
-        folder = os.path.join(out, f'{dataset}_{stamp}{more}')
+    name = stamp = f'{dataset}_{time.strftime("%Y_%m_%d-%H_%M")}'
+    for number in itertools.count(2):
         with contextlib.suppress(FileExistsError):
-            os.mkdir(folder)
+            os.makedirs(os.path.join(out, name))
             break
+        name = f'{stamp}_{number}'
+    folder = os.path.join(out, name)
     try:
-        os.symlink(os.path.basename(folder), f'{folder}.tmp')
+        os.symlink(name, f'{folder}.tmp')
         os.replace(f'{folder}.tmp', os.path.join(out, 'latest'))
     except OSError as error:
         print(f"WARNING: {out}/latest cannot point to {folder} ({error}); to go on, set resume to the folder")
@@ -669,9 +642,8 @@ def lock(folder, stack):
 
 def list_states(folder):
     """The paths of a run's states, newest first."""
-    found = [re.fullmatch(r'state-(\d{4,})-(\d{5,})\.npz', name) for name in os.listdir(folder)]
-    found = sorted(((int(match[1]), int(match[2]), match[0]) for match in found if match), reverse=True)
-    return [os.path.join(folder, name) for _, _, name in found]
+    paths = glob.glob(os.path.join(glob.escape(folder), 'state-*-*.npz'))
+    return sorted(paths, key=lambda path: [int(n) for n in re.findall('[0-9]+', os.path.basename(path))], reverse=True)
 
 
 def read_state(path):
@@ -691,24 +663,21 @@ def find_state(path):
     """The state in a file, or the newest in a run's folder that can be read, as `read_state` returns it."""
     if os.path.isfile(path):
         return read_state(path)
-    if not os.path.isdir(path):
-        raise ValueError(f"resume: there is no {path}; it must be 'latest', a run's folder or a state-....npz")
     for state in list_states(path):
         try:
             return read_state(state)
         except ValueError as error:
             print(f'{error}; taking the one before')
-    raise ValueError(f"resume: {path} has no state to go on from; set resume = '' to start anew")
+    raise ValueError(f"resume: {path} has no state to go on from; set 'latest', a run's folder or a state-....npz")
 
 
 def check_state(s, about, dataset='', workers=1):
     """Raise ValueError where a state is of other networks or data; say where it is of another run."""
-    was, now, trained_on = about['settings'], dict(vars(s), workers=workers), about['name'].split('_')[0]
-    if dataset not in ('', trained_on):
-        raise ValueError(f'{about["path"]}: trained on {trained_on}, the data is {dataset}')
-    for name in ('ngf', 'ndf', 'nc', 'Z', 'conditional'):
+    was = dict(about['settings'], dataset=about['name'].split('_')[0])
+    now = dict(vars(s), dataset=dataset or was['dataset'], workers=workers)
+    for name in ('dataset', 'ngf', 'ndf', 'nc', 'Z', 'conditional'):
         if was[name] != now[name]:
-            raise ValueError(f'{about["path"]}: made with {name} = {was[name]!r}, the settings say {now[name]}')
+            raise ValueError(f'{about["path"]}: trained with {name} = {was[name]!r}, now it is {now[name]!r}')
     for name in ('batch_size', 'lr', 'beta1', 'seed', 'workers') if not s.sample else ():
         if was[name] != now[name]:
             print(f'WARNING: {name} was {was[name]!r} and is {now[name]}: it goes on, but is not the same run')
@@ -726,21 +695,14 @@ def restore(modules, about, arrays):
 
 # ---------------------------------------------------------------- sampling
 
-def latent_batches(s, n, size):
-    """Yield n latents in batches of (size, Z), for a conditional G with their digits, (size,), else with None.
-
-    They are the same for the same seed, and come out of NumPy's stream, so that training does not notice.
-    """
-    rng = np.random.RandomState(s.seed)
-    wanted = np.array([int(digit) for digit in (s.digits if s.sample else '0123456789')])
-    for start in range(0, n, size):
-        latent = rng.normal(size=(min(size, n - start), s.Z)).astype(np.float32)
-        yield latent, wanted[np.arange(start, start + len(latent)) % len(wanted)] if s.conditional else None
-
-
 def fixed_latents(s, n):
-    """(n, Z) latents, and for a conditional G n digits, else None: always the same."""
-    return next(latent_batches(s, n, n))
+    """(n, Z) latents, and for a conditional G n digits, else None: the same for the same seed.
+
+    They come out of NumPy's stream, so that training does not notice.
+    """
+    digits = [int(digit) for digit in (s.digits if s.sample else '0123456789')]
+    latent = np.random.RandomState(s.seed).normal(size=(n, s.Z)).astype(np.float32)
+    return latent, np.resize(digits, n) if s.conditional else None
 
 
 def generate(modG, latent, digits=None):
@@ -755,19 +717,18 @@ def generate(modG, latent, digits=None):
 def load_generator(s, path, size):
     """G for batches of that size, from a run's newest state, a state, or an epoch's .params; and the file's path."""
     if path.endswith('.params'):
-        params = mx.nd.load(path)
+        params = {name.split(':')[-1]: array for name, array in mx.nd.load(path).items()}
     else:
         about, arrays = find_state(path)
         check_state(s, about)
         path = about['path']
-        params = {('aux:' if 'moving' in name else 'arg:') + name: mx.nd.array(a[0]) for name, a in arrays.items()}
+        params = {name: mx.nd.array(copies[0]) for name, copies in arrays.items()}
     gout, _ = make_dcgan_sym(s.ngf, s.ndf, s.nc)
     modG = mx.mod.Module(gout, data_names=('rand',), label_names=None, context=s.ctx[0])
     modG.bind(data.RandIter(size, s.Z, conditional=s.conditional).provide_data, for_training=False)
     try:
-        modG.init_params(None, *({name: params[f'{kind}:{name}'] for name in names}
-                                 for kind, names in (('arg', modG._param_names), ('aux', modG._aux_names))))
-    except (KeyError, mx.MXNetError):
+        modG.init_params(None, params, params)
+    except RuntimeError:  # a name is missing, or an array has another shape
         raise ValueError(f'{path}: is no G of these ngf, nc, Z and conditional') from None
     return modG, path
 
@@ -781,12 +742,14 @@ def make_samples(s):
     os.makedirs(folder, exist_ok=True)
     for old in glob.glob(os.path.join(glob.escape(folder), '[0-9]' * 5 + '.png')):
         os.remove(old)
+    latent, digits = fixed_latents(s, s.sample)
     mosaic = []
-    images = itertools.chain.from_iterable(generate(modG, *batch) for batch in latent_batches(s, s.sample, size))
-    for i, image in enumerate(images):  # a batch at a time: many take no more memory than few
-        visual.save(os.path.join(folder, f'{i:05d}.png'), visual.tile(image[None]))
-        if i < 1024:
-            mosaic.append(image)
+    for start in range(0, s.sample, size):  # many take no more memory than few
+        batch = slice(start, start + size)
+        for i, image in enumerate(generate(modG, latent[batch], None if digits is None else digits[batch]), start):
+            visual.save(os.path.join(folder, f'{i:05d}.png'), visual.tile(image[None]))
+            if i < 1024:
+                mosaic.append(image)
     columns = len(s.digits) if s.conditional else None
     visual.save(os.path.join(out, 'sample.png'), visual.tile(np.stack(mosaic), columns))
     # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
@@ -805,62 +768,84 @@ DEAD = 15   # seconds without a heartbeat after which a process counts as dead
 ALONE = 60  # seconds to wait for the other processes at the start and at the end
 
 
-def connect(s):
-    """The key-value store of a cluster, once every process of it is there; None for a single machine."""
-    role = data.ROLE
-    if s.kvstore != 'dist_sync' and role:
-        raise ValueError(f"kvstore = {s.kvstore!r}, but DMLC_ROLE={role} is set: set 'dist_sync', or unset DMLC_ROLE")
-    if s.kvstore != 'dist_sync':
-        return None
-    right = {'DMLC_ROLE': 'worker|server|scheduler', 'DMLC_PS_ROOT_URI': '.+', 'DMLC_PS_ROOT_PORT': '[0-9]+',
-             'DMLC_NUM_WORKER': '[0-9]+', 'DMLC_NUM_SERVER': '[0-9]+'}
-    for name, pattern in right.items():
-        if not re.fullmatch(pattern, os.environ.get(name, '')):
-            raise ValueError(f"{name}={os.environ.get(name, '')!r}: kvstore = 'dist_sync' needs it to be {pattern} "
-                             '(README, several machines)')
-    alone = threading.Timer(ALONE, give_up, [f'the cluster is not complete after {ALONE} s: are the scheduler at '
-                            f'{os.environ["DMLC_PS_ROOT_URI"]}:{os.environ["DMLC_PS_ROOT_PORT"]}, '
-                            f'{os.environ["DMLC_NUM_SERVER"]} server(s) and {os.environ["DMLC_NUM_WORKER"]} '
-                            'worker(s) running, with the same DMLC_ variables?'])
-    alone.daemon = True
-    alone.start()
-    gpus = sum(ctx.device_type == 'gpu' for ctx in s.ctx)
-    kv = mx.kv.create('dist_device_sync' if gpus > 1 else 'dist_sync')  # a worker waits here for all the others
-    kv.closing = threading.Event()
-    kv.watcher = threading.Thread(target=watch, args=(kv, alone), daemon=True)
-    kv.watcher.start()
-    if role != 'worker':
-        from mxnet.kvstore.kvstore_server import KVStoreServer
-        KVStoreServer(kv).run()  # until the workers are done
-        sys.exit()
-    alone.cancel()
-    kv.init('vote', mx.nd.zeros(2))
-    return kv
+class Cluster:
+    """The processes of a run: this one alone, or with `kvstore = 'dist_sync'` those that the DMLC_ variables name.
 
+    In a scheduler and in a server this does not return. Raises ValueError where a variable is wrong.
+    """
 
-def disconnect(kv):
-    """Leave the cluster together with the other workers; MXNet aborts where it is left to Python's own end."""
-    kv._barrier()  # the first worker may still be counting digits, or saving
-    kv.closing.set()
-    kv.watcher.join()
-    late = threading.Timer(ALONE, give_up, [f'the other workers have not ended within {ALONE} s'])
-    late.start()
-    mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
-    kv.handle = mx.base.KVStoreHandle()
-    late.cancel()
+    kv, rank, workers = None, 0, 1  # `kv`: MXNet's key-value store
 
-
-def watch(kv, alone):
-    """End this process when another one dies: the scheduler hears every heartbeat, the others the scheduler's."""
-    dead = ctypes.c_int()
-    while not dead.value:
-        if kv.closing.wait(2):
+    def __init__(self, s):
+        if s.kvstore != 'dist_sync':
+            if data.ROLE:
+                raise ValueError(f"DMLC_ROLE={data.ROLE}, but kvstore = {s.kvstore!r}: set 'dist_sync', or unset it")
             return
-        with contextlib.suppress(mx.MXNetError):  # ps-lite has no rank to tell before the cluster is complete
-            if kv.rank >= 0:
-                alone.cancel()
-            mx.base._LIB.MXKVStoreGetNumDeadNode(kv.handle, 7, ctypes.byref(dead), DEAD)
-    give_up(f'a process of the cluster has died (no heartbeat for {DEAD} s); start all again, resume = \'latest\'')
+        right = {'DMLC_ROLE': 'worker|server|scheduler', 'DMLC_PS_ROOT_URI': '.+', 'DMLC_PS_ROOT_PORT': '[0-9]+',
+                 'DMLC_NUM_WORKER': '[0-9]+', 'DMLC_NUM_SERVER': '[0-9]+'}
+        self.variables = {name: os.environ.get(name, '') for name in right}
+        for name, value in self.variables.items():
+            if not re.fullmatch(right[name], value):
+                raise ValueError(f"{name}={value!r}: kvstore = 'dist_sync' needs it to be {right[name]} "
+                                 '(README, several machines)')
+        self.closing = threading.Event()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
+        gpus = sum(ctx.device_type == 'gpu' for ctx in s.ctx)
+        self.kv = mx.kv.create('dist_device_sync' if gpus > 1 else 'dist_sync')  # a worker waits here for the others
+        if data.ROLE != 'worker':
+            from mxnet.kvstore.kvstore_server import KVStoreServer
+            KVStoreServer(self.kv).run()  # until the workers are done
+            sys.exit()
+        self.kv.init('vote', mx.nd.zeros(2))
+        self.rank, self.workers = self.kv.rank, self.kv.num_workers
+
+    def watch(self):
+        """End this process when another one dies: the scheduler hears every heartbeat, the others the scheduler's."""
+        dead, complete, late = ctypes.c_int(), False, time.monotonic() + ALONE
+        while not self.closing.wait(2):
+            with contextlib.suppress(mx.MXNetError):  # ps-lite has no rank to tell before the cluster is complete
+                if self.kv and self.kv.rank >= 0:
+                    complete = True
+                    mx.base._LIB.MXKVStoreGetNumDeadNode(self.kv.handle, 7, ctypes.byref(dead), DEAD)
+            if dead.value:
+                give_up(f'a process of the cluster has died (no heartbeat for {DEAD} s); start all again, '
+                        "resume = 'latest'")
+            if not complete and time.monotonic() > late:
+                give_up(f'the cluster is not complete after {ALONE} s: do all its processes run, and with the same '
+                        f'{self.variables}?')
+
+    def vote(self, *numbers):
+        """The sum of each of two numbers over the workers, known to all. It waits for the network, not for a device."""
+        if not self.kv:
+            return numbers
+        self.kv.push('vote', mx.nd.array(numbers))
+        total = mx.nd.zeros(2)
+        self.kv.pull('vote', out=total)
+        return total.asnumpy().astype(int)
+
+    def agreed_state(self, path):
+        """What `find_state` returns. Raises ValueError where the workers do not all find the same state."""
+        mark, state = 0, None
+        with contextlib.suppress(ValueError) if self.kv else contextlib.nullcontext():
+            state = find_state(path)
+            mark = zlib.crc32('{name} {epoch} {iteration}'.format(**state[0]).encode()) % 2 ** 16
+        total = self.vote(mark, 0)[0]
+        if state is None or total != mark * self.workers:
+            raise ValueError(f'{path}: not all workers find the same state; out must be one folder for all of them')
+        return state
+
+    def leave(self):
+        """Leave together with the other workers; MXNet aborts where it is left to Python's own end."""
+        if self.kv:
+            self.kv._barrier()  # the first worker may still be counting digits, or saving
+            self.closing.set()
+            self.watcher.join()
+            late = threading.Timer(ALONE, give_up, [f'the other workers have not ended within {ALONE} s'])
+            late.start()
+            mx.base.check_call(mx.base._LIB.MXKVStoreFree(self.kv.handle))
+            self.kv.handle = mx.base.KVStoreHandle()
+            late.cancel()
 
 
 def give_up(message):
@@ -869,67 +854,36 @@ def give_up(message):
     os._exit(1)
 
 
-def vote(kv, *numbers):
-    """The sum of each of two numbers over the workers, known to all of them. Waits for the network, not for a device:
-    the steps that are queued go on meanwhile."""
-    if not kv:
-        return numbers
-    kv.push('vote', mx.nd.array(numbers))
-    total = mx.nd.zeros(2)
-    kv.pull('vote', out=total)
-    return total.asnumpy().astype(int)
-
-
-def agreed_state(path, kv):
-    """What `find_state` returns. Raises ValueError where the workers of a cluster do not all find the same state."""
-    state, problem = (None, None), None
-    try:
-        state = find_state(path)
-    except ValueError as error:
-        problem = error
-    mark = zlib.crc32('{name} {epoch} {iteration}'.format(**state[0]).encode()) % 2 ** 16 if not problem else 0
-    if vote(kv, mark, 0)[0] != mark * (kv.num_workers if kv else 1):
-        problem = ValueError(f'{path}: the workers find different states, or some find none; out must be one folder '
-                             'for all')
-    if problem:
-        raise problem
-    return state
-
-
 # ---------------------------------------------------------------- main
 
-def set_up_and_train(s, stop, stack):
+def run_training(s, stop, stack):
     """Train; the settings are checked, and errors are exceptions. What is to be closed at the end goes to `stack`."""
-    kv = connect(s)
+    cluster = Cluster(s)
     check_devices(s)
-    rank, workers = (kv.rank, kv.num_workers) if kv else (0, 1)
-    if rank:  # the first worker prints, shows and saves
+    if cluster.rank:  # the first worker prints, shows and saves
         stack.enter_context(contextlib.redirect_stdout(None))
     print('settings:', *(f'{name}={value!r}' for name, value in vars(s).items()))
     print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
     folder = about = None
+    if os.path.isdir(s.resume) and not cluster.rank:
+        folder = s.resume
+        lock(folder, stack)
     if s.resume:
-        if os.path.isdir(s.resume) and rank == 0:
-            folder = s.resume
-            lock(folder, stack)
-        about, arrays = agreed_state(s.resume, kv)
-    dataset, train_iter, labelled = data.load_data(s, rank, workers)
+        about, arrays = cluster.agreed_state(s.resume)
+    dataset, train_iter, labelled = data.load_data(s, cluster.rank, cluster.workers)
     rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], s.conditional)
+    modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data, cluster.kv)
     if about:
-        check_state(s, about, dataset, workers)
-    modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data, kv)
-    if about:
+        check_state(s, about, dataset, cluster.workers)
         restore(modules, about, arrays)
-    if rank == 0 and not folder:
+    if not folder and not cluster.rank:
         folder = new_folder(s.out, dataset)
         lock(folder, stack)
         if about:  # a new run that begins from another one's state takes that one's log along
             about['name'] = os.path.basename(folder)
             with contextlib.suppress(OSError):
                 shutil.copy(os.path.join(os.path.dirname(s.resume), 'log.csv'), folder)
-    run = Run(s, folder, getattr(train_iter, 'num_data', math.nan) / s.batch_size, workers, about)
-    if folder:
-        stack.callback(run.close)
+    run = Run(s, folder, getattr(train_iter, 'num_data', math.nan) / s.batch_size, cluster, about)
     for title, mod in zip('GD', modules):
         print_network(s, title, mod, folder)
     print(f'data: {dataset}; run: {folder}')
@@ -938,15 +892,14 @@ def set_up_and_train(s, stop, stack):
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
             stack.callback(signal.signal, signum, signal.signal(signum, stop.handle))
-    train_loop(s, modules, train_iter, rand_iter, run, coverage, kv, stop)
+    train_loop(s, modules, train_iter, rand_iter, run, coverage, stop)
     if stop.agreed:
         kept = f"last state: {run.saved}; to go on: resume = 'latest'" if run.saved else 'nothing was saved'
         print(f'stopped in epoch {run.epoch} after iteration {run.iteration}; {kept}')
     else:
         more = "; more: raise epochs, resume = 'latest'; images: sample = 64, resume = 'latest'" if run.saved else ''
         print(f'done: everything is in {folder}/{more}')
-    if kv:
-        disconnect(kv)
+    cluster.leave()
     if stop.agreed:
         sys.exit(128 + (stop.signum or signal.SIGTERM))
 
@@ -971,7 +924,7 @@ def train(settings):
             if s.sample:
                 make_samples(s)
             else:
-                set_up_and_train(s, stop, stack)
+                run_training(s, stop, stack)
     except (ValueError, OSError, mx.MXNetError) as error:
         if data.ROLE:  # the end of a worker would wait for the others
             give_up(data.last_line(error))

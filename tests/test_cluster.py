@@ -171,10 +171,10 @@ def test_several_gpus_in_a_worker(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mx.kv, 'create', create)
-    monkeypatch.setattr(dcgan.threading.Timer, 'start', lambda self: None)
+    monkeypatch.setattr(dcgan.threading.Thread, 'start', lambda self: None)  # it would end this process
     for ctx in ([mx.gpu(0)], [mx.gpu(0), mx.gpu(1)]):
         with pytest.raises(KeyboardInterrupt):
-            dcgan.connect(dcgan.Settings(kvstore='dist_sync', ctx=ctx))
+            dcgan.Cluster(dcgan.Settings(kvstore='dist_sync', ctx=ctx))
     assert kinds == ['dist_sync', 'dist_device_sync']
 
 

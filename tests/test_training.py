@@ -235,7 +235,8 @@ def add(run, iterations, *answer):
 
 
 def test_a_line_is_the_mean_of_its_iterations(tiny, capsys):
-    run = dcgan.Run(tiny(batch_size=4), None, 1000)
+    s = tiny(batch_size=4)
+    run = dcgan.Run(s, None, 1000, dcgan.Cluster(s))
     add(run, 9, 0.25, 0.75, 0.5)
     add(run, 1, 0.75, 0.25, 1)
     facc, entropy_G, entropy_D = re.findall(r"', ([\d.]+)\)", capsys.readouterr().out)
@@ -254,7 +255,8 @@ WON, OPEN = (1e-4, 1 - 1e-4, 1e-4), (0.4, 0.6, 0.4)  # D has won: its entropy is
     ([(300, (1e-4, 1 - 1e-4, 0.1))], 0), ([(300, (0.1, 0.9, 1e-4))], 0),
 ], ids=['short', 'just', 'long', 'interrupted', 'later', 'twice', 'G is well', 'D is not sure'])
 def test_a_lost_game_is_said_once(tiny, capsys, course, expected):
-    run = dcgan.Run(tiny(batch_size=4), None, 1000)
+    s = tiny(batch_size=4)
+    run = dcgan.Run(s, None, 1000, dcgan.Cluster(s))
     for iterations, answer in course:
         add(run, iterations, *answer)
     warned = [line for line in capsys.readouterr().out.splitlines() if 'WARNING' in line]
