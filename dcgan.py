@@ -352,7 +352,7 @@ def show_pictures(s, run):
                              ('data', reals, batch.label)):
         visual.visual(title, X, run.folder, s.display, labels[0].asnumpy().astype(int) if s.conditional else None)
     iterations, G, D = np.reshape(run.losses, (-1, 3)).T
-    visual.show_picture('loss', visual.plot(iterations, {'G': G, 'D': D}), run.folder, s.display)
+    visual.show_picture('loss', visual.plot(iterations, {'entropy of G': G, 'entropy of D': D}), run.folder, s.display)
     run.last_shown = time.monotonic()
 
 

@@ -5,6 +5,7 @@ or loses it, without an exception; the child process keeps that away from the tr
 """
 import atexit
 import glob
+import math
 import os
 import resource
 import signal
@@ -66,16 +67,13 @@ def show_picture(title, picture, out='out', display=True):
     try:
         os.makedirs(out, exist_ok=True)
         save(os.path.join(out, f'{title}.png'), picture)
-    except OSError as error:
-        _warn_once('write', f'WARNING: no picture can be written ({error}); the run goes on')
-        return
-    if display:
-        if out not in _viewers:
+        if display and out not in _viewers:
             _viewers[out] = _start_viewer(out)
-        viewer = _viewers[out]
-        if viewer is None or viewer.poll() not in (None, QUIT):
-            _warn_once('window', f'no window can be shown here (python visual.py {out} says why); the pictures are in '
-                                 f'{out}')
+    except OSError as error:
+        _warn_once('write', f'WARNING: no picture can be written or shown ({error}); the run goes on')
+        return
+    if display and (_viewers[out] is None or _viewers[out].poll() not in (None, QUIT)):
+        _warn_once('window', f'no window can be shown here (why: python visual.py {out}); the pictures are in {out}')
 
 
 def save(path, picture):
@@ -96,9 +94,8 @@ def film(out):
         return
     try:
         for count in (50, 25, 12, 6, 2):
+            frames = [cv2.imread(paths[i]) for i in sorted({(len(paths) - 1) * k // count for k in range(count + 1)})]
             animation = cv2.Animation()
-            chosen = sorted({(len(paths) - 1) * k // count for k in range(count + 1)})
-            frames = [cv2.imread(paths[i]) for i in chosen]
             animation.frames = [frame for frame in frames if frame.shape == frames[-1].shape]  # of this batch size
             animation.durations = [400] * (len(animation.frames) - 1) + [2500]  # milliseconds
             cv2.imwriteanimation(temporary, animation, [cv2.IMWRITE_WEBP_QUALITY, 60])
@@ -113,8 +110,7 @@ def film(out):
 # ---------------------------------------------------------------- curves
 
 LEFT, RIGHT, TOP, BOTTOM = 50, 610, 35, 435  # the axes in a picture of 640x480 pixels
-COLOURS = ((0, 94, 213), (178, 114, 0), (115, 158, 0))  # BGR; colour-blind eyes can tell them apart
-BLACK = (0, 0, 0)
+COLOURS = np.array([(0, 94, 213), (178, 114, 0), (115, 158, 0)])  # BGR; colour-blind eyes can tell them apart
 
 
 def plot(iterations, curves):
@@ -125,42 +121,33 @@ def plot(iterations, curves):
     """
     picture = np.full((480, 640, 3), 255, np.uint8)
     peaks = [np.percentile(v[np.isfinite(v)], 99) for v in curves.values() if np.isfinite(v).any()]
-    x_scale = (RIGHT - LEFT) / iterations[-1]
     y_limit = 1.1 * max([0.5, *peaks])  # a rare peak is cut off, for it would flatten all the rest
-    y_scale = (BOTTOM - TOP) / y_limit
+    x_scale, y_scale = (RIGHT - LEFT) / iterations[-1], (BOTTOM - TOP) / y_limit
     for value in _ticks(y_limit):
         y = int(BOTTOM - value * y_scale)
         cv2.line(picture, (LEFT, y), (RIGHT, y), (225, 225, 225))
         _text(picture, f'{value:,.10g}', LEFT / 2, y + 5)
     for value in _ticks(iterations[-1]):
         x = int(LEFT + value * x_scale)
-        cv2.line(picture, (x, BOTTOM), (x, BOTTOM + 4), BLACK)
+        cv2.line(picture, (x, BOTTOM), (x, BOTTOM + 4), (0, 0, 0))
         _text(picture, f'{value:,.10g}', x, BOTTOM + 18)
     _text(picture, 'iterations', (LEFT + RIGHT) / 2, 472)
-    lines = []
-    for name, v, colour in zip(curves, curves.values(), COLOURS):
-        finite = np.isfinite(v)
-        y = BOTTOM - np.clip(v[finite] * y_scale, 0, BOTTOM - TOP)
-        line = np.stack([LEFT + iterations[finite] * x_scale, y])
-        _draw(picture, line, [255 - (255 - c) // 3 for c in colour], 1)
-        lines.append((name, colour, line))
-    for i, (name, colour, line) in enumerate(lines):  # above all the pale ones
-        n = max(1, len(iterations) // 50)
-        total = np.cumsum(np.pad(line, ((0, 0), (1, 0))), axis=1)
-        mean = (total[:, n:] - total[:, :-n]) / n  # of n neighbours
-        _text(picture, f'entropy of {name}', LEFT + 60 + 130 * i, TOP - 12, colour)
-        _draw(picture, mean, colour, 2)
-        for x, y in np.rint(mean[:, -1:]).astype(int).T.tolist():  # a single value shows, too
-            cv2.circle(picture, (x, y), 3, colour, -1, cv2.LINE_AA)
-    cv2.rectangle(picture, (LEFT, TOP), (RIGHT, BOTTOM), BLACK)
+    # the mean of one value is the value: first the values of all curves, then above them the means of n neighbours
+    for n, thickness, strength in ((1, 1, 1 / 3), (max(1, len(iterations) // 50), 2, 1)):
+        for i, (name, v) in enumerate(curves.items()):
+            finite = np.isfinite(v)
+            y = BOTTOM - np.clip(v[finite] * y_scale, 0, BOTTOM - TOP)
+            total = np.cumsum(np.pad([LEFT + iterations[finite] * x_scale, y], ((0, 0), (1, 0))), axis=1)
+            means = np.rint((total[:, n:] - total[:, :-n]) / n).astype(np.int32).T
+            every = 1 + len(means) // (RIGHT - LEFT)  # no more points than there are columns of pixels
+            colour = (255 - (255 - COLOURS[i]) * strength).tolist()
+            cv2.polylines(picture, [means[::every].reshape(-1, 1, 2)], False, colour, thickness, cv2.LINE_AA)
+            if strength == 1:
+                _text(picture, name, LEFT + 60 + 130 * i, TOP - 12, colour)
+                for x, y in means[-1:].tolist():  # so that a single value shows, too
+                    cv2.circle(picture, (x, y), 3, colour, -1, cv2.LINE_AA)
+    cv2.rectangle(picture, (LEFT, TOP), (RIGHT, BOTTOM), (0, 0, 0))
     return picture
-
-
-def _draw(picture, line, colour, thickness):
-    """Draw a (2, k) line, by no more of its points than there are columns of pixels."""
-    chosen = np.unique(np.linspace(0, line.shape[1] - 1, RIGHT - LEFT).astype(int)) if line.size else []
-    points = np.rint(line[:, chosen]).astype(np.int32).T.reshape(-1, 1, 2)
-    cv2.polylines(picture, [points], False, colour, thickness, cv2.LINE_AA)
 
 
 def _ticks(limit):
@@ -170,7 +157,7 @@ def _ticks(limit):
     return np.arange(0, limit + step / 1000, step)
 
 
-def _text(picture, string, x, y, colour=BLACK):
+def _text(picture, string, x, y, colour=(0, 0, 0)):
     """Write a string whose middle is at x, as far as it stays within the picture."""
     font = cv2.FONT_HERSHEY_SIMPLEX, 0.45
     width = cv2.getTextSize(string, *font, 1)[0][0]
@@ -200,27 +187,14 @@ def _warn_once(kind, message):
 
 
 def _start_viewer(out):
-    """A child process with the windows, or None; waits until the first one is open."""
+    """A child process with the windows, or None where there is no screen; waits until the first one is open."""
     if sys.platform.startswith('linux') and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
         return None
-    try:  # in a session of its own: Ctrl-C in the terminal is for the training
-        viewer = subprocess.Popen([sys.executable, __file__, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                  start_new_session=True)
-    except OSError:
-        return None
+    viewer = subprocess.Popen([sys.executable, __file__, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              start_new_session=True)  # Ctrl-C in the terminal is for the training alone
     atexit.register(viewer.kill)
     viewer.stdout.read(1)  # a byte, or the end
     return viewer
-
-
-def _place(title, picture):
-    """Give a window its size and place: a screen of 1920x1080 holds the mosaics side by side, the curves below."""
-    height, width = picture.shape[:2]
-    scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
-    width, height = int(width * scale), int(height * scale)
-    row, column = divmod(TITLES.index(title), 3)
-    cv2.resizeWindow(title, width, height)
-    cv2.moveWindow(title, 5 + column * (width + 10), 22 + row * 556)  # 22 leaves room for the title bar
 
 
 def _view(out):
@@ -228,25 +202,29 @@ def _view(out):
     signal.alarm(20)  # a screen that does not answer by then counts as none
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # OpenCV aborts where there is no screen: no core file for that
     parent = os.getppid()
-    shown, opened, placed = {}, {}, set()  # title: its file's time, and when its window opened; the titles in place
+    shown, due = {}, {}  # title: the time of its file; when its window gets its size and place
     while os.getppid() == parent:
         for title in TITLES:
             path = os.path.join(out, f'{title}.png')
             changed = os.stat(path).st_mtime_ns if os.path.exists(path) else None
-            # a window that is moved while it opens may stay blank: it gets its place a second later
-            place = title in opened and title not in placed and time.time() > opened[title] + 1
+            place = time.time() > due.get(title, math.inf)
             picture = cv2.imread(path) if changed != shown.get(title) or place else None
             if picture is None:
                 continue
             shown[title] = changed
-            if title not in opened:
+            if title not in due:
                 cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
-                opened[title] = time.time()
+                due[title] = time.time() + 1  # not at once: a window that is moved while it opens may stay blank
             elif cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) == 0:
                 continue  # a person has closed it: it stays closed
             elif place:
-                placed.add(title)
-                _place(title, picture)
+                due[title] = math.inf
+                # a screen of 1920x1080 holds the mosaics side by side and the curves below; 22 pixels are a title bar
+                height, width = picture.shape[:2]
+                scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
+                row, column = divmod(TITLES.index(title), 3)
+                cv2.resizeWindow(title, int(width * scale), int(height * scale))
+                cv2.moveWindow(title, 5 + column * (int(width * scale) + 10), 22 + row * 556)
             cv2.imshow(title, picture)
         if cv2.waitKey(50) & 0xff == QUIT:
             sys.exit(QUIT)

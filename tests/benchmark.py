@@ -135,9 +135,8 @@ def program(batch_size, width, iterations, workers=0):
 def bare():
     """Milliseconds of a step of networks of width 1, and of this thread's processor time for its call, which only
     queues it; for each ten steps."""
-    import data
-
-    import dcgan  # first: it prepares MXNet
+    import dcgan
+    data = dcgan.data
     s = dcgan.Settings(ctx=[dcgan.mx.cpu()], ngf=1, ndf=1, nc=NC, Z=Z, batch_size=BATCH)
     pixels = (digits(LINE * BATCH, 8)[:, None] * 15).astype(np.uint8)
     train_iter = data.PixelIter(pixels, np.zeros(len(pixels)), BATCH, NC, s.ctx[0])
@@ -195,16 +194,14 @@ class Clock:
 
     def skip(self, latents, batch):
         """Until `skipping` is closed have no pictures and always the same batches."""
-        import data
-
-        import visual
+        from dcgan import data, visual
 
         def small(*args, **kwargs):
             return np.zeros((1, 1, 3), np.uint8)
 
         for place, name, function in ((visual, 'tile', small), (visual, 'plot', small),
                                       (data.PixelIter, 'getdata', lambda _: batch.data),
-                                      (data.RandIter, 'getdata', lambda _: latents.data)):
+                                      (data.RandIter, 'next', lambda _: latents)):
             self.skipping.enter_context(mock.patch.object(place, name, function))
 
     def count_tile(self, *args, **kwargs):
@@ -216,9 +213,8 @@ def host(lines):
     """What the program's loop does beside the steps of networks of width 1, after as many lines: for each ten
     iterations and their line, the milliseconds, those outside of the steps, this thread's processor time in these, and
     whether there were pictures."""
-
-    import dcgan  # first: it prepares MXNet
-    import visual
+    import dcgan
+    visual = dcgan.visual
     clock = Clock(lines, dcgan.train_step, visual.tile, dcgan.mx.nd.waitall)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(dcgan, 'train_step', clock), \
             mock.patch.object(visual, 'tile', clock.count_tile):
@@ -325,9 +321,8 @@ def product(function):
 
 def memory(twin):
     """Peak MB of a process that trains with the program's step; without the twin, D itself is used in step 7."""
-    import data
-
     import dcgan
+    data = dcgan.data
     mx, s, rand_iter = dcgan.mx, dcgan.Settings(ctx=[dcgan.mx.cpu()]), data.RandIter(BATCH, Z)
     data_shapes, label_shapes = [('data', (BATCH, NC, 64, 64))], [('label', (BATCH,))]
     if twin:

@@ -1,9 +1,10 @@
 """Which learning rate trains which network: short runs on the real MNIST over width, channels, lr and seed.
 
-    python tests/study.py ../shared/mnist
+    python tests/study.py ../shared/mnist          # the folder with MNIST's IDX files
+    python tests/study.py ../shared/mnist why      # draws out/why.png: a dead pair beside a living one
 
 The runs go on where the last call stopped: `out/study.jsonl` has a line for each that is done. A run a core, each with
-one thread. Prints the table of the README at the end.
+one thread. Prints a table of all of them at the end.
 """
 import itertools
 import json
@@ -16,23 +17,25 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import data  # noqa: E402
 
+import cv2  # noqa: E402
 import joblib  # noqa: E402
 import mxnet as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
 import dcgan  # noqa: E402
+import visual  # noqa: E402
 
 RESULTS = os.path.join('out', 'study.jsonl')
-EPOCH = 938
+ITERATIONS = 500
 REAL = []  # images, digits, and who counts digits
 
 
 def cells():
-    """(width, nc, lr, seed, conditional, iterations): all of widths 16 and 32, of 64 one seed of the middle rates."""
+    """(width, nc, lr, seed): all of widths 16 and 32, of 64 one seed of the middle rates."""
     for seed, width in itertools.product((1, 2, 3), (16, 32, 64)):
         for lr, nc in itertools.product((0.001, 0.0006, 0.0004, 0.0002, 0.0001), (1, 3)):
             if width < 64 or (seed == 1 and lr > 0.0001):
-                yield width, nc, lr, seed, False, 500
+                yield width, nc, lr, seed
 
 
 def prepare(path):
@@ -41,49 +44,45 @@ def prepare(path):
     REAL[:] = X, y, data.Coverage(X, y)
 
 
-def run(cell):
-    width, nc, lr, seed, conditional, iterations = cell
-    X, y, coverage = REAL
-    s = dcgan.Settings(ngf=width, ndf=width, nc=nc, lr=lr, seed=seed, conditional=conditional, ctx=[mx.cpu()])
-    train_iter = data.PixelIter(X, y, s.batch_size, nc, conditional=conditional)
-    rand_iter = data.RandIter(s.batch_size, s.Z, conditional=conditional)
+def steps(s, iterations):
+    """The modules, and an iterator that trains them: for each iteration it yields what `train_step` returns."""
+    X, y, _ = REAL
+    train_iter, rand_iter = data.PixelIter(X, y, s.batch_size, s.nc), data.RandIter(s.batch_size, s.Z)
     modules = dcgan.make_modules(s, train_iter.provide_data, rand_iter.provide_data)
     zeros, ones = mx.nd.zeros(s.batch_size), mx.nd.ones(s.batch_size)
-    trace, measured, t = [], [], 0
-    for epoch in range(-(-iterations // EPOCH)):
-        mx.random.seed(seed + 1 + epoch)
-        train_iter.reset()
-        for batch in train_iter:
-            if t == iterations:
-                break
-            _, _, answers = dcgan.train_step(*modules, rand_iter.next(), batch, zeros, ones)
-            fake, real, again = (answer.asnumpy().ravel().astype(float) for answer in answers)
-            trace.append((((fake <= 0.5).mean() + (real > 0.5).mean()) / 2,
-                          -np.log(again + 1e-12).mean(),
-                          -(np.log(1 - fake + 1e-12).mean() + np.log(real + 1e-12).mean()) / 2))
-            t += 1
-        latent, digits = dcgan.fixed_latents(s, 1000)
-        row = coverage.count(dcgan.generate(modules[0], latent, digits), digits)
-        measured.append(dict(iteration=t, **{k: round(float(v), 4) for k, v in row.items()}))
-    lines = np.array(trace)[:len(trace) // 10 * 10].reshape(-1, 10, 3).mean(axis=1).round(4).tolist()
-    return dict(cell=list(cell), measured=measured, lines=lines)
+    mx.random.seed(s.seed + 1)
+    return modules, (dcgan.train_step(*modules, rand_iter.next(), batch, zeros, ones)
+                     for batch in itertools.islice(train_iter, iterations))
 
 
-def alive(row):
-    """Whether neither network has won over the last hundred iterations."""
-    _, entropy_G, entropy_D = np.mean(row['lines'][-10:], axis=0)
-    return entropy_D > 0.05 and entropy_G < 6
+def run(cell):
+    """Train one cell; its metrics, means of ten iterations, and which digits there are at the end."""
+    width, nc, lr, seed = cell
+    s = dcgan.Settings(ngf=width, ndf=width, nc=nc, lr=lr, seed=seed, ctx=[mx.cpu()])
+    trace = []
+    modules, results = steps(s, ITERATIONS)
+    for _, _, answers in results:
+        fake, real, again = (answer.asnumpy().ravel().astype(float) for answer in answers)
+        trace.append((((fake <= 0.5).mean() + (real > 0.5).mean()) / 2,
+                      -np.log(again + 1e-12).mean(),
+                      -(np.log(1 - fake + 1e-12).mean() + np.log(real + 1e-12).mean()) / 2))
+    latent, _ = dcgan.fixed_latents(s, 1000)
+    row = REAL[2].count(dcgan.generate(modules[0], latent))
+    lines = np.array(trace).reshape(-1, 10, 3).mean(axis=1).round(4).tolist()
+    return dict(cell=cell, lines=lines, **{name: round(float(row[name]), 4) for name in ('digits', 'kl', 'confidence')})
 
 
 def first_alive(row):
-    """The first iteration from which it stays so, over hundred iterations each; '' where it does not."""
+    """The first iteration from which D's entropy stays above 0.05 and G's below 6, each the mean of the hundred
+    iterations before; '' where it does not."""
     lines = np.array(row['lines'])
     means = [lines[i - 10:i].mean(axis=0) for i in range(10, len(lines) + 1)]
     dead = [i for i, (_, G, D) in enumerate(means) if not (D > 0.05 and G < 6)]
-    return '' if not alive(row) else 10 * (dead[-1] + 1 if dead else 0) + 100
+    first = dead[-1] + 1 if dead else 0
+    return 10 * first + 100 if first < len(means) else ''
 
 
-def main(path):
+def study(path):
     os.makedirs('out', exist_ok=True)
     with open(RESULTS, 'a+') as file:
         file.seek(0)
@@ -97,11 +96,34 @@ def main(path):
                 file.flush()
     print('| width | nc | lr | seed | alive from | digits | KL | confidence |\n|---|---|---|---|---|---|---|---|')
     for row in sorted(rows, key=lambda row: row['cell']):
-        width, nc, lr, seed, *_ = row['cell']
-        last = row['measured'][-1]
-        print(f'| {width} | {nc} | {lr} | {seed} | {first_alive(row)} | {last["digits"]:.0f} | {last["kl"]} | '
-              f'{last["confidence"]} |')
+        print('|', *row['cell'], first_alive(row), int(row['digits']), row['kl'], row['confidence'], '|', sep=' | ')
+
+
+def why(path):
+    """Draw the size of `diff` and how far D's logits are apart, of a learning rate that fails and of one that trains;
+    print these, G's updates beside its weights, and how much its images differ."""
+    prepare(path)
+    curves = []
+    for lr in (0.0002, 0.001):
+        rows, before = [], None
+        modules, results = steps(dcgan.Settings(ngf=32, ndf=32, lr=lr, seed=1, ctx=[mx.cpu()]), 200)
+        for fakes, diff, answers in results:
+            weights = [copies[0].asnumpy() for copies in modules[0]._exec_group.param_arrays]
+            moved = [np.linalg.norm(w - b) / np.linalg.norm(w) for w, b in zip(weights, before or weights)]
+            before = weights
+            p = [np.clip(answer.asnumpy().astype(float), 1e-12, 1 - 1e-12) for answer in answers]
+            to_fakes, to_reals, _ = (np.log(x / (1 - x)).mean() for x in p)
+            rows.append((1000 * np.sqrt(np.square(diff.asnumpy()).mean()), to_reals - to_fakes,
+                         100 * np.mean(moved), 127.5 * fakes.asnumpy().std(axis=0).mean()))
+        curves.append(np.array(rows).T)
+        print(f'lr {lr}, means of 20 iterations: diff * 1000; logits apart; updates, % of the weights; '
+              'standard deviation of a pixel over a batch, of 255')
+        print(curves[-1].reshape(4, 10, 20).mean(axis=2).round(2))
+    iterations = np.arange(1, 201)
+    pictures = [visual.plot(iterations, {f'{name}, lr 0.0002': dead, f'{name}, lr 0.001': living})
+                for name, dead, living in zip(('1000 diff', 'logits'), *curves)]
+    visual.save(os.path.join('out', 'why.png'), cv2.hconcat(pictures))
 
 
 if __name__ == '__main__':
-    main(sys.argv[1])
+    why(sys.argv[1]) if sys.argv[2:] == ['why'] else study(sys.argv[1])
