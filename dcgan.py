@@ -15,7 +15,6 @@ import glob
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -83,23 +82,22 @@ def check(s):
     """Raise ValueError for settings that cannot work, before any long work: one line each."""
     kinds = {str: 'text in quotes', bool: 'True or False', int: 'a whole number', float: 'a number'}
     for field in dataclasses.fields(s):
-        value = getattr(s, field.name)
-        types = (float, int) if field.type is float else (field.type,)
-        if field.type in kinds and type(value) not in types:
-            raise ValueError(f'{field.name} = {value!r}: must be {kinds[field.type]}')
-    if not s.ctx or not all(isinstance(ctx, mx.Context) for ctx in s.ctx):
-        raise ValueError(f'ctx = {s.ctx}: must be mx.cpu(), mx.gpu(0), or a list such as [mx.gpu(0), mx.gpu(1)]')
+        kind, value = field.type, getattr(s, field.name)
+        if kind in kinds and type(value) is not kind and (kind, type(value)) != (float, int):
+            raise ValueError(f'{field.name} = {value!r}: must be {kinds[kind]}')
     photos = s.dataset == 'imagenet'
     for name, right, rule in (
+            ('ctx', s.ctx and all(isinstance(ctx, mx.Context) for ctx in s.ctx),
+             'mx.cpu(), mx.gpu(0), or a list such as [mx.gpu(0), mx.gpu(1)]'),
             *((name, 1 <= vars(s)[name] < 1e9, '1 or more') for name in ('ndf', 'ngf', 'Z', 'batch_size', 'epochs')),
-            *((name, 0 <= vars(s)[name] < 1e9, '0 or more') for name in ('beta1', 'seed', 'sample', 'monitor')),
+            *((name, 0 <= vars(s)[name] < 1e9, '0 or more') for name in ('seed', 'sample', 'monitor')),
             ('lr', 0 <= s.lr < math.inf, '0 or more'),
+            ('beta1', 0 <= s.beta1 < 1, '0 or more, and below 1'),
             ('dataset', s.dataset in ('mnist', 'digits', 'imagenet'), "'mnist', 'digits' or 'imagenet'"),
             ('fallback', s.fallback in ('digits', ''), "'digits' or ''"),
             ('nc', s.nc == 3 or s.nc == 1 and not photos, '1 or 3; for photos set nc = 3'),
             ('conditional', not (s.conditional and photos), 'False for photos, which have no digits'),
-            ('batch_size', s.batch_size % len(s.ctx) == 0, f'a multiple of the {len(s.ctx)} devices'),
-            ('beta1', s.beta1 < 1, 'below 1'),
+            ('batch_size', s.ctx and s.batch_size % len(s.ctx) == 0, f'a multiple of the {len(s.ctx)} devices'),
             ('kvstore', s.kvstore in ('device', 'local', 'dist_sync'), "'device', 'local' or 'dist_sync'"),
             ('out', s.out, "the name of a folder, such as 'out'"),
             ('resume', s.sample or not s.resume.endswith('.params'), "a run or a state; .params are for sample only"),
@@ -247,8 +245,9 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1):
     # 1. G makes a batch of fakes from a latent batch.
     modG.forward(rbatch, is_train=True)
     fakes = modG.get_outputs()[0]
+    conditional = len(rbatch.label) > 0  # then the batch says which digit each of the fakes should be
     fakes_and_digits = fakes
-    if rbatch.label:  # conditional: D also sees which digit each one should be
+    if conditional:
         fakes_and_digits = mx.nd.concat(fakes, data.one_hot_maps(rbatch.label[0], fakes.shape[2]), dim=1)
     # 2. The fakes get label 0.  3. D sees them; the gradients are kept, the weights not yet updated.
     answers_to_fakes = forward_backward(modD, fakes_and_digits, label0)
@@ -264,7 +263,7 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1):
     # 6. Now the fakes get label 1: what G wants D to say.  7. The updated D sees them again, down to its input.
     answers_after_update = forward_backward(modDx, fakes_and_digits, label1)
     diff = modDx.get_input_grads()[0]
-    if rbatch.label:
+    if conditional:
         diff = diff.slice_axis(axis=1, begin=0, end=fakes.shape[1])
     # 8. That gradient, `diff`, goes backward through G, and G is updated.
     modG.backward([diff])
@@ -274,9 +273,6 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1):
 
 
 # ---------------------------------------------------------------- the loop
-
-FILM_ITERATIONS = (50, 100, 200, 400, 800)  # of the first epoch, in which most happens: the film shows them, too
-
 
 def train_loop(s, modules, train_iter, rand_iter, run, coverage, stop):
     """Train until `s.epochs` are done, or until a process of the run is asked to stop.
@@ -291,17 +287,17 @@ def train_loop(s, modules, train_iter, rand_iter, run, coverage, stop):
         for batch, rbatch in epoch_batches(s, run, train_iter, rand_iter, stop):
             monitor.tic()
             fakes, diff, answers = train_step(*modules, rbatch, batch, label0, label1)
-            monitor.toc_print()
+            for line in monitor.toc():
+                print('Batch: {:7d} {:30s} {:s}'.format(*line))
             run.add(answers, pictures=(fakes, diff, batch, rbatch))
             if run.iteration % 10 == 0:
                 run.print_line()
-                if time.monotonic() > run.last_shown + 1:  # nobody looks at more than one a second
+                if run.folder and time.monotonic() > run.last_shown + 1:  # nobody looks at more than one a second
                     show_pictures(s, run)
-            if run.epoch == 0 and run.iteration in FILM_ITERATIONS:
+            if run.epoch == 0 and run.iteration in (50, 100, 200, 400, 800):  # most happens here: the film shows it
                 save_mosaic(s, run, modules[0], f'gout-0000-{run.iteration:05d}')
         if not stop.agreed:
             run.print_line()  # of the last iterations, fewer than ten
-            show_pictures(s, run)
             finish_epoch(s, run, modules, coverage)
             run.epoch, run.iteration, run.num_batches = run.epoch + 1, 0, run.iteration
         run.save_state(modules)
@@ -331,19 +327,15 @@ def epoch_batches(s, run, train_iter, rand_iter, stop):
 
 
 def install_monitor(s, modules):
-    """A monitor that prints the root mean square of each layer's output, and of `diff`, every `s.monitor` batches."""
+    """A monitor of the root mean square of each layer's output, and of `diff`, every `s.monitor` batches."""
     monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='.*output|d1_backward_data', sort=True)
-    if s.monitor:
-        logging.basicConfig(format='%(message)s', level=logging.INFO, stream=sys.stdout)
-        for mod in modules[:2]:
-            mod.install_monitor(monitor)
+    for mod in modules[:2] if s.monitor else ():
+        mod.install_monitor(monitor)
     return monitor
 
 
 def show_pictures(s, run):
     """Show the fakes, their gradient, the real batch and the losses; of a conditional run with a digit a column."""
-    if not run.folder or not run.pictures:
-        return
     fakes, diff, batch, rbatch = run.pictures
     diff = diff.asnumpy()
     diff = (diff - diff.mean()) / (diff.std() or 1)
@@ -364,10 +356,12 @@ def save_mosaic(s, run, modG, title):
 
 
 def finish_epoch(s, run, modules, coverage):
-    """Leave a mosaic, the film, the count of digits among 1,000 images, and MXNet's own files."""
+    """Leave the pictures, a mosaic, the film, the count of digits among 1,000 images, and MXNet's own files."""
     if not run.folder:
         return
     arrays = run.snapshot(modules)
+    if run.pictures:  # none where a run goes on at the end of an epoch
+        show_pictures(s, run)
     save_mosaic(s, run, modules[0], f'gout-{run.epoch:04d}')
     visual.film(run.folder)
     if coverage:
@@ -435,9 +429,8 @@ class Run:
 
     def __init__(self, s, folder, num_batches, cluster, about=None):
         self.s, self.folder, self.num_batches, self.cluster = s, folder, num_batches, cluster
-        about = about or dict(name=os.path.basename(folder or ''), epoch=0, iteration=0, num_update=0, seconds=0,
-                              metrics=[], losses=[], log_size=0)
-        self.name, self.epoch, self.iteration = about['name'], about['epoch'], about['iteration']
+        about = about or dict(epoch=0, iteration=0, num_update=0, seconds=0, metrics=[], losses=[], log_size=0)
+        self.epoch, self.iteration = about['epoch'], about['iteration']
         self.num_update = about['num_update']  # iterations of all epochs: what Adam's bias correction counts
         self.metrics = about['metrics']        # mACC, mG, mD of each iteration since the last line
         self.answers = []                      # D's, of the iterations that `metrics` does not have yet
@@ -445,12 +438,13 @@ class Run:
         self.pictures, self.last_shown = None, -math.inf
         self.warm = False                      # whether a first step is done
         self.start = time.monotonic() - about['seconds']
-        self.lost, self.warned = 0, False      # iterations in a row in which D has won; whether that was said
+        self.lost = 0                          # iterations in a row in which D has won; once said, it stays
         self.saved = about.get('path')
         self.start_clock()
         if folder:
             for leftover in glob.glob(os.path.join(glob.escape(folder), '*.tmp*')):  # of a run that was killed
-                remove(leftover)
+                with contextlib.suppress(OSError):
+                    os.remove(leftover)
             self.log = os.path.join(folder, 'log.csv')
             with open(self.log, 'a') as file:  # the rows after the state are of iterations that are done again
                 size = file.truncate(min(about['log_size'], os.path.getsize(self.log)))
@@ -503,10 +497,10 @@ class Run:
         print(f"epoch: {self.epoch} iter: {self.iteration} metric: ('facc', {mACC:.2f}) ('fentropy', {mG:.2f}) "
               f"('fentropy', {mD:.2f}) {speed:.0f}/s {span(left)} {span(run_left)}".replace('nan', '?'))
         self.write_row(facc=mACC, fentropy_G=mG, fentropy_D=mD, images_per_second=speed)
-        self.lost = self.lost + len(self.metrics) if mD < 0.01 and mG > 6 else 0
-        if self.lost >= 200 and not self.warned:
-            self.warned = True
-            print('WARNING: D has told all fakes for 200 iterations, and G learns nothing: stop, and set a larger lr')
+        if self.lost < 200:
+            self.lost = self.lost + len(self.metrics) if mD < 0.01 and mG > 6 else 0
+            if self.lost >= 200:
+                print('WARNING: D has told all fakes for 200 iterations, and G learns nothing: stop; set a larger lr')
         self.losses += [self.num_update, float(mG), float(mD)]
         self.metrics = []
         self.start_clock()
@@ -542,30 +536,30 @@ class Run:
             return
         self.update_metrics()
         arrays = self.snapshot(modules)
-        about = dict(name=self.name, epoch=self.epoch, iteration=self.iteration, num_update=self.num_update,
-                     seconds=time.monotonic() - self.start, metrics=self.metrics, losses=self.losses,
-                     log_size=self.log_size, settings=dict(vars(self.s), workers=self.cluster.workers),
+        about = dict(epoch=self.epoch, iteration=self.iteration, num_update=self.num_update, metrics=self.metrics,
+                     losses=self.losses, seconds=time.monotonic() - self.start, log_size=self.log_size,
+                     settings=dict(vars(self.s), workers=self.cluster.workers),
                      shapes={name: array.shape for name, array in arrays.items()},
                      versions=dict(mxnet=mx.__version__, numpy=np.__version__, python=sys.version))
         path = os.path.join(self.folder, f'state-{self.epoch:04d}-{self.iteration:05d}.npz')
-        with written_whole(path) as (temporary,), open(temporary, 'wb') as file:
+        with written_whole(path, '') as temporary, open(temporary, 'wb') as file:
             np.savez(file, about=json.dumps(about, default=str), **arrays)
         if os.path.exists(path):
             self.saved = path
             for old in list_states(self.folder)[2:]:
-                remove(old)
+                with contextlib.suppress(OSError):
+                    os.remove(old)
 
     def save_params(self, modules, arrays):
         """Write both networks in MXNet's own format, under the names of the published script."""
-        dataset, stamp = self.name.split('_', 1)
+        stamp = os.path.basename(self.folder).replace(f'{self.s.dataset}_', '', 1)
         for net, mod in zip('GD', modules):
-            prefix = os.path.join(self.folder, f'{dataset}_{net}_{stamp}')
-            params = {f'arg:{name}': mx.nd.array(arrays[name][0]) for name in mod._param_names}
-            params.update((f'aux:{name}', mx.nd.array(arrays[name][0])) for name in mod._aux_names)
-            with written_whole(f'{prefix}-symbol.json', f'{prefix}-{self.epoch:04d}.params') as (symbol, weights):
-                mod.symbol.save(symbol)
-                mx.nd.save(weights, params)
-                mx.sym.load(symbol), mx.nd.load(weights)  # MXNet does not notice every full disk
+            prefix = os.path.join(self.folder, f'{self.s.dataset}_{net}_{stamp}')
+            params = [{name: mx.nd.array(arrays[name][0]) for name in names}
+                      for names in (mod._param_names, mod._aux_names)]
+            with written_whole(prefix, '-symbol.json', f'-{self.epoch:04d}.params') as temporary:
+                mx.model.save_checkpoint(temporary, self.epoch, mod.symbol, *params)
+                mx.model.load_checkpoint(temporary, self.epoch)  # MXNet does not notice every full disk
 
 
 def span(seconds):
@@ -584,30 +578,25 @@ def device_arrays(mod):
     return arrays
 
 
-def remove(path):
-    """Remove a file. Where it cannot be removed, it stays."""
-    with contextlib.suppress(OSError):
-        os.remove(path)
-
-
 @contextlib.contextmanager
-def written_whole(*paths):
-    """Yield names to write files under, which then get their true names: whole and on the disk, or not at all.
+def written_whole(prefix, *ends):
+    """Yield a prefix to write files under, which end in `ends`; then they get their true names: all whole, or none.
 
     Where that fails, it is said, and the run goes on.
     """
-    temporary = [f'{path}.tmp' for path in paths]
+    temporary = f'{prefix}.tmp'
     try:
         yield temporary
-        for name in temporary:
-            with open(name, 'rb') as file:
+        for end in ends:
+            with open(temporary + end, 'rb') as file:
                 os.fsync(file.fileno())
-        for name, path in zip(temporary, paths):
-            os.replace(name, path)
+        for end in ends:
+            os.replace(temporary + end, prefix + end)
     except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
-        print(f'WARNING: {paths[-1]} is not saved: {data.last_line(error)}')
-        for name in temporary:
-            remove(name)
+        print(f'WARNING: {prefix}{ends[-1]} is not saved: {data.last_line(error)}')
+        for end in ends:
+            with contextlib.suppress(OSError):
+                os.remove(temporary + end)
 
 
 def new_folder(out, dataset):
@@ -671,20 +660,18 @@ def find_state(path):
     raise ValueError(f"resume: {path} has no state to go on from; set 'latest', a run's folder or a state-....npz")
 
 
-def check_state(s, about, dataset='', workers=1):
-    """Raise ValueError where a state is of other networks or data; say where it is of another run."""
-    was = dict(about['settings'], dataset=about['name'].split('_')[0])
-    now = dict(vars(s), dataset=dataset or was['dataset'], workers=workers)
+def restore(s, modules, about, arrays, workers):
+    """Put modules into a state. Device k takes the moving averages of device k modulo the number that saved some.
+
+    Raises ValueError where the state is of other networks or data; what else has changed is said.
+    """
+    was, now = about['settings'], dict(vars(s), workers=workers)
     for name in ('dataset', 'ngf', 'ndf', 'nc', 'Z', 'conditional'):
         if was[name] != now[name]:
             raise ValueError(f'{about["path"]}: trained with {name} = {was[name]!r}, now it is {now[name]!r}')
-    for name in ('batch_size', 'lr', 'beta1', 'seed', 'workers') if not s.sample else ():
+    for name in ('batch_size', 'lr', 'beta1', 'seed', 'workers'):
         if was[name] != now[name]:
             print(f'WARNING: {name} was {was[name]!r} and is {now[name]}: it goes on, but is not the same run')
-
-
-def restore(modules, about, arrays):
-    """Put modules into a state. Device k takes the moving averages of device k modulo the number that saved some."""
     for mod in modules[:2]:
         for name, copies in device_arrays(mod).items():
             for k, copy in enumerate(copies):
@@ -695,14 +682,22 @@ def restore(modules, about, arrays):
 
 # ---------------------------------------------------------------- sampling
 
-def fixed_latents(s, n):
-    """(n, Z) latents, and for a conditional G n digits, else None: the same for the same seed.
+def latent_batches(s, n, size):
+    """Yield n latents in batches of (size, Z), for a conditional G with their digits, (size,), else with None.
 
-    They come out of NumPy's stream, so that training does not notice.
+    They are the same for the same seed, and come out of NumPy's stream, so that training does not notice.
     """
-    digits = [int(digit) for digit in (s.digits if s.sample else '0123456789')]
-    latent = np.random.RandomState(s.seed).normal(size=(n, s.Z)).astype(np.float32)
-    return latent, np.resize(digits, n) if s.conditional else None
+    rng = np.random.RandomState(s.seed)
+    digits = np.resize([int(digit) for digit in (s.digits if s.sample else '0123456789')], n)
+    for start in range(0, n, size):
+        batch = digits[start:start + size]
+        latent = rng.normal(size=(len(batch), s.Z)).astype(np.float32)
+        yield latent, batch if s.conditional else None
+
+
+def fixed_latents(s, n):
+    """(n, Z) latents, and for a conditional G n digits, else None: always the same."""
+    return next(latent_batches(s, n, n))
 
 
 def generate(modG, latent, digits=None):
@@ -720,7 +715,6 @@ def load_generator(s, path, size):
         params = {name.split(':')[-1]: array for name, array in mx.nd.load(path).items()}
     else:
         about, arrays = find_state(path)
-        check_state(s, about)
         path = about['path']
         params = {name: mx.nd.array(copies[0]) for name, copies in arrays.items()}
     gout, _ = make_dcgan_sym(s.ngf, s.ndf, s.nc)
@@ -729,7 +723,8 @@ def load_generator(s, path, size):
     try:
         modG.init_params(None, params, params)
     except RuntimeError:  # a name is missing, or an array has another shape
-        raise ValueError(f'{path}: is no G of these ngf, nc, Z and conditional') from None
+        wanted = f'ngf = {s.ngf}, nc = {s.nc}, Z = {s.Z}, conditional = {s.conditional}'
+        raise ValueError(f'{path}: is no G of these settings: {wanted}') from None
     return modG, path
 
 
@@ -742,14 +737,12 @@ def make_samples(s):
     os.makedirs(folder, exist_ok=True)
     for old in glob.glob(os.path.join(glob.escape(folder), '[0-9]' * 5 + '.png')):
         os.remove(old)
-    latent, digits = fixed_latents(s, s.sample)
     mosaic = []
-    for start in range(0, s.sample, size):  # many take no more memory than few
-        batch = slice(start, start + size)
-        for i, image in enumerate(generate(modG, latent[batch], None if digits is None else digits[batch]), start):
-            visual.save(os.path.join(folder, f'{i:05d}.png'), visual.tile(image[None]))
-            if i < 1024:
-                mosaic.append(image)
+    images = itertools.chain.from_iterable(generate(modG, *batch) for batch in latent_batches(s, s.sample, size))
+    for i, image in enumerate(images):  # a batch at a time: many take no more memory than few
+        visual.save(os.path.join(folder, f'{i:05d}.png'), visual.tile(image[None]))
+        if i < 1024:
+            mosaic.append(image)
     columns = len(s.digits) if s.conditional else None
     visual.save(os.path.join(out, 'sample.png'), visual.tile(np.stack(mosaic), columns))
     # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
@@ -794,24 +787,23 @@ class Cluster:
         gpus = sum(ctx.device_type == 'gpu' for ctx in s.ctx)
         self.kv = mx.kv.create('dist_device_sync' if gpus > 1 else 'dist_sync')  # a worker waits here for the others
         if data.ROLE != 'worker':
-            from mxnet.kvstore.kvstore_server import KVStoreServer
-            KVStoreServer(self.kv).run()  # until the workers are done
+            mx.kv.KVStoreServer(self.kv).run()  # until the workers are done
             sys.exit()
         self.kv.init('vote', mx.nd.zeros(2))
         self.rank, self.workers = self.kv.rank, self.kv.num_workers
 
     def watch(self):
         """End this process when another one dies: the scheduler hears every heartbeat, the others the scheduler's."""
-        dead, complete, late = ctypes.c_int(), False, time.monotonic() + ALONE
+        dead, late = ctypes.c_int(), time.monotonic() + ALONE
         while not self.closing.wait(2):
             with contextlib.suppress(mx.MXNetError):  # ps-lite has no rank to tell before the cluster is complete
                 if self.kv and self.kv.rank >= 0:
-                    complete = True
+                    late = math.inf
                     mx.base._LIB.MXKVStoreGetNumDeadNode(self.kv.handle, 7, ctypes.byref(dead), DEAD)
             if dead.value:
                 give_up(f'a process of the cluster has died (no heartbeat for {DEAD} s); start all again, '
                         "resume = 'latest'")
-            if not complete and time.monotonic() > late:
+            if time.monotonic() > late:
                 give_up(f'the cluster is not complete after {ALONE} s: do all its processes run, and with the same '
                         f'{self.variables}?')
 
@@ -826,12 +818,13 @@ class Cluster:
 
     def agreed_state(self, path):
         """What `find_state` returns. Raises ValueError where the workers do not all find the same state."""
-        mark, state = 0, None
-        with contextlib.suppress(ValueError) if self.kv else contextlib.nullcontext():
+        if not self.kv:
+            return find_state(path)
+        state, mark = None, 0
+        with contextlib.suppress(ValueError):
             state = find_state(path)
-            mark = zlib.crc32('{name} {epoch} {iteration}'.format(**state[0]).encode()) % 2 ** 16
-        total = self.vote(mark, 0)[0]
-        if state is None or total != mark * self.workers:
+            mark = zlib.crc32('{epoch} {iteration} {seconds}'.format(**state[0]).encode()) % 2 ** 16
+        if self.vote(mark, 0)[0] != mark * self.workers or not state:
             raise ValueError(f'{path}: not all workers find the same state; out must be one folder for all of them')
         return state
 
@@ -849,7 +842,9 @@ class Cluster:
 
 
 def give_up(message):
-    """End this process now: MXNet's own end would wait for the others."""
+    """End with one line that says why. A process of a cluster ends at once: MXNet's own end would wait for others."""
+    if not data.ROLE:
+        sys.exit(f'dcgan.py: {message}')
     print(f'dcgan.py: {message}', file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -862,31 +857,28 @@ def run_training(s, stop, stack):
     check_devices(s)
     if cluster.rank:  # the first worker prints, shows and saves
         stack.enter_context(contextlib.redirect_stdout(None))
+    folder = s.resume if os.path.isdir(s.resume) and not cluster.rank else None
+    if folder:
+        lock(folder, stack)
+    about, arrays = cluster.agreed_state(s.resume) if s.resume else (None, None)
+    s.lr = s.lr or (about['settings']['lr'] if about else learning_rate(s))
     print('settings:', *(f'{name}={value!r}' for name, value in vars(s).items()))
     print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
-    folder = about = None
-    if os.path.isdir(s.resume) and not cluster.rank:
-        folder = s.resume
-        lock(folder, stack)
-    if s.resume:
-        about, arrays = cluster.agreed_state(s.resume)
-    dataset, train_iter, labelled = data.load_data(s, cluster.rank, cluster.workers)
+    s.dataset, train_iter, labelled = data.load_data(s, cluster.rank, cluster.workers)
     rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], s.conditional)
     modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data, cluster.kv)
     if about:
-        check_state(s, about, dataset, cluster.workers)
-        restore(modules, about, arrays)
+        restore(s, modules, about, arrays, cluster.workers)
     if not folder and not cluster.rank:
-        folder = new_folder(s.out, dataset)
+        folder = new_folder(s.out, s.dataset)
         lock(folder, stack)
         if about:  # a new run that begins from another one's state takes that one's log along
-            about['name'] = os.path.basename(folder)
             with contextlib.suppress(OSError):
                 shutil.copy(os.path.join(os.path.dirname(s.resume), 'log.csv'), folder)
     run = Run(s, folder, getattr(train_iter, 'num_data', math.nan) / s.batch_size, cluster, about)
     for title, mod in zip('GD', modules):
         print_network(s, title, mod, folder)
-    print(f'data: {dataset}; run: {folder}')
+    print(f'data: {s.dataset}; run: {folder}')
     print('metric: facc, fentropy of G, of D; then images/s; time left in the epoch, in the run')
     coverage = data.Coverage(*labelled) if s.coverage and labelled else None
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -918,17 +910,14 @@ def train(settings):
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(stop))
             check(s)
-            s.lr = learning_rate(s)
-            if s.resume == 'latest':
-                s.resume = os.path.realpath(os.path.join(s.out, 'latest'))
+            if s.resume:  # a run is called like its folder, not like a link to it
+                s.resume = os.path.realpath(os.path.join(s.out, 'latest') if s.resume == 'latest' else s.resume)
             if s.sample:
                 make_samples(s)
             else:
                 run_training(s, stop, stack)
     except (ValueError, OSError, mx.MXNetError) as error:
-        if data.ROLE:  # the end of a worker would wait for the others
-            give_up(data.last_line(error))
-        sys.exit(f'dcgan.py: {data.last_line(error)}')
+        give_up(data.last_line(error))
     except KeyboardInterrupt:  # before the loop and while samples are made; in the loop `Stop` takes it
         (os._exit if data.ROLE else sys.exit)(130)
     finally:
