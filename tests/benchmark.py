@@ -69,14 +69,14 @@ WARM_UP, LINES = 2, 20  # lines: before the measured ones, measured
 HOST_REPETITIONS = 3
 TIMEOUT = 600  # seconds for any one process
 GPU, NETWORKS = 5000, (1, 10, 25)  # images/s; Gbit/s
-# milliseconds, `host_costs` of the version before (commit 135f12a): medians of five runs on two cores, while other work
-# had both of its cores: compare the processor times, which that hardly changes; the others are too long.
+# milliseconds, `host_costs` of the version before (commit 135f12a, NumPy 1.26), a few minutes after the figures of the
+# version that the README describes: a step and a tenth of a line 23.0 after 100 lines, 22.6 after 9,380
 BEFORE = {
-    'a step': 71.0, 'queueing a step, processor time': 2.4,
-    'a step and a tenth of a line after 100 lines': 73.0, 'a line with pictures after 100 lines': 151.0,
-    'a line with pictures after 100 lines, processor time': 44.7,
-    'a step and a tenth of a line after 9,380 lines': 93.2, 'a line with pictures after 9,380 lines': 216.4,
-    'a line with pictures after 9,380 lines, processor time': 67.5}
+    'a step': 22.4, 'queueing a step, processor time': 1.7,
+    'a step and a tenth of a line after 100 lines': 26.9, 'a line with pictures after 100 lines': 37.2,
+    'a line with pictures after 100 lines, processor time': 35.5,
+    'a step and a tenth of a line after 9,380 lines': 29.0, 'a line with pictures after 9,380 lines': 57.0,
+    'a line with pictures after 9,380 lines, processor time': 54.6}
 
 
 # ---------------------------------------------------------------- what runs in a process of its own
