@@ -5,6 +5,8 @@ are several networks with the same weights, each with its part of the batch.
 """
 import itertools
 
+import data  # noqa: F401  it prepares MXNet
+
 import mxnet as mx
 import numpy as np
 
