@@ -1,15 +1,15 @@
-"""How fast the program is, and beside what: one command without arguments, about twelve minutes, tables on stdout.
+"""How fast the program is, and beside what: one command without arguments, about twenty minutes, tables on stdout.
 
-    pip install -r tests/benchmark-requirements.txt && python tests/benchmark.py
+    python tests/benchmark.py                                       # the README says in what environment
 
 Whatever is measured runs in a process of its own (this file again, with a function's name), one after another and
 interleaved, so that a slow minute of the machine is not one candidate's alone. Leave the machine alone meanwhile.
 One table or one figure alone, and of another version of the program (a folder with its dcgan.py):
 
-    python tests/benchmark.py host_costs
+    python tests/benchmark.py host_costs                            # or: compare 2 (cores)
     CHECKOUT=../other python tests/benchmark.py program 64 64 30    # batch, width, iterations: steps/s, the last line
 
-The tables, with figures from the README's machine (two cores):
+The tables, with figures of the first version from a faster machine than the README's (two cores; (a) 153 images/s):
 
 - The README explains (a) to (d): this program, the textbook loop twice, PyTorch. Beside them stand products of two
   2048x2048 float32 matrices: (e) by OpenBLAS, from NumPy and from MXNet, 251 GFLOP/s; (f) by oneDNN, which also
