@@ -9,6 +9,7 @@ import threading
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny networks gain nothing from threads, and processes share the cores
 
 import dcgan
 
