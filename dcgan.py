@@ -641,6 +641,8 @@ def read_state(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = dict(json.loads(str(arrays.pop('about'))), path=path)
+        if 'losses' not in about:
+            raise ValueError('another version of the program has saved it')
         if about['shapes'] != {name: list(a.shape) for name, a in arrays.items() if a.dtype == np.float32}:
             raise ValueError('its arrays are not those that were saved')
         return about, arrays

@@ -900,6 +900,13 @@ def test_a_state_without_the_arrays_that_were_saved(copy, capsys, change):
     assert dcgan.find_state(latest(copy))[0]['epoch'] == 2 and path in capsys.readouterr().out
 
 
+def test_a_state_of_another_version(copy):
+    path = edit_state(copy, lambda arrays, about: about.pop('losses'))
+    with pytest.raises(SystemExit, match='another version') as caught:
+        dcgan.train(replace(copy, resume=path))
+    assert path in caught.value.code and '\n' not in caught.value.code
+
+
 def test_a_state_with_an_iteration_beyond_its_epoch(copy):
     """The data may have become smaller. The epoch counts as done."""
     edit_state(copy, lambda arrays, about: about.update(iteration=1000))
