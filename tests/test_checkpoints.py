@@ -545,6 +545,8 @@ dcgan.train_step = step''')
 @pytest.mark.parametrize('place', ['dcgan.data.load_data', 'dcgan.make_modules'])
 def test_ctrl_c_before_the_loop(child, tmp_path, place):
     process = child(before=f'''
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 def wait(*args):
     print('waiting')
     while True:

@@ -147,10 +147,11 @@ def test_workers_that_find_different_states(cluster, tiny, tmp_path):
 if dcgan.os.environ['DMLC_ROLE'] == 'worker':
     find, dcgan.DEAD = dcgan.find_state, 30
     def found(path):
-        if {str(tmp_path / 'first')!r} and not dcgan.os.path.exists({str(tmp_path / 'first')!r}):
+        try:
             open({str(tmp_path / 'first')!r}, 'x')
-            return find(path)
-        raise ValueError('there is none')
+        except FileExistsError:
+            raise ValueError('there is none')
+        return find(path)
     dcgan.find_state = found
 """
     processes = cluster(before=code, resume='latest', epochs=2)

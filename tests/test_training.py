@@ -583,7 +583,7 @@ def library(name, module='mxnet', kind='OSError'):
     (failing('mxnet', 'ModuleNotFoundError("No module named \'requests\'", name="requests")'),
      ['requests', 'pip install', 'tests/requirements.txt']),
     ('sys.version_info = (3, 7, 17)', ['Python 3.8']),
-    ("import asyncio; sys.platform = 'win32'", ['WSL 2']),
+    ("import asyncio, shutil; sys.platform = 'win32'", ['WSL 2']),
     (library('libgomp.so.1'), ['libgomp.so.1', 'apt-get install libgomp1']),
     (library('libquadmath.so.0'), ['libquadmath.so.0', 'apt-get install libquadmath0']),
     (library('libGL.so.1', 'cv2', 'ImportError'), ['apt-get install libgl1', 'opencv-python-headless']),
