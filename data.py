@@ -6,6 +6,7 @@ This module prepares MXNet and is the first to import it. The training set stays
 import ctypes
 import glob
 import gzip
+import math
 import os
 import socket
 import struct
@@ -147,24 +148,22 @@ def _read_idx(path, what, image_shape):
     magic = 0x800 + 1 + len(image_shape)
     header = struct.Struct(f'>{2 + len(image_shape)}I')
     with open(path, 'rb') as file:
-        zipped = file.read(2) == b'\x1f\x8b'
+        content = file.read()
+    zipped = content[:2] == b'\x1f\x8b'
     try:
-        with (gzip.open if zipped else open)(path, 'rb') as file:
-            head = file.read(header.size)
-            if len(head) < header.size:
-                raise ValueError('empty, or cut short in its header')
-            found, count, *shape = header.unpack(head)
-            if found != magic:
-                raise ValueError(f'no IDX file of {what}: its magic number is {found:#x}, not {magic:#x}')
-            if tuple(shape) != image_shape:
-                raise ValueError(f'its images have {shape[0]}x{shape[1]} pixels, not 28x28')
-            size = count * int(np.prod(image_shape))
-            content = file.read(min(size, 300_000 * 784) + 1)  # a damaged header may promise more than there is memory
-            if count == 0 or len(content) != size:
-                raise ValueError(f'cut short, or has bytes left over: its header promises {count} {what}')
+        content = gzip.decompress(content) if zipped else content
+        if len(content) < header.size:
+            raise ValueError('empty, or cut short in its header')
+        found, count, *shape = header.unpack_from(content)
+        if found != magic:
+            raise ValueError(f'no IDX file of {what}: its magic number is {found:#x}, not {magic:#x}')
+        if tuple(shape) != image_shape:
+            raise ValueError(f'its images have {shape[0]}x{shape[1]} pixels, not 28x28')
+        if count == 0 or len(content) != header.size + count * math.prod(image_shape):
+            raise ValueError(f'cut short, or has bytes left over: its header promises {count} {what}')
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f'{path}: wrong or damaged {"gzip " * zipped}file ({error}); fetch it again') from None
-    return np.frombuffer(content, np.uint8).reshape((count,) + image_shape)
+    return np.frombuffer(content, np.uint8, offset=header.size).reshape((count,) + image_shape)
 
 
 def _from_openml():

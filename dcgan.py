@@ -23,7 +23,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 
 import data  # before MXNet, which it prepares
 
@@ -282,7 +281,10 @@ def train_loop(s, modules, train_iter, rand_iter, run, coverage, stop):
     Raises ValueError where a loss or a parameter is not finite.
     """
     label0, label1 = mx.nd.zeros(s.batch_size, s.ctx[0]), mx.nd.ones(s.batch_size, s.ctx[0])
-    monitor = install_monitor(s, modules)
+    # of each layer's output and of `diff`: the root mean square
+    monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='.*output|d1_backward_data', sort=True)
+    for mod in modules[:2] if s.monitor else ():
+        mod.install_monitor(monitor)
     while run.epoch < s.epochs and not stop.agreed:
         for batch, rbatch in epoch_batches(s, run, train_iter, rand_iter, stop):
             monitor.tic()
@@ -324,14 +326,6 @@ def epoch_batches(s, run, train_iter, rand_iter, stop):
             train_iter.reset()
             batch = next(train_iter)
         yield batch, rand_iter.next()
-
-
-def install_monitor(s, modules):
-    """A monitor of the root mean square of each layer's output, and of `diff`, every `s.monitor` batches."""
-    monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='.*output|d1_backward_data', sort=True)
-    for mod in modules[:2] if s.monitor else ():
-        mod.install_monitor(monitor)
-    return monitor
 
 
 def show_pictures(s, run):
@@ -445,11 +439,8 @@ class Run:
             for leftover in glob.glob(os.path.join(glob.escape(folder), '*.tmp*')):  # of a run that was killed
                 with contextlib.suppress(OSError):
                     os.remove(leftover)
-            self.log = os.path.join(folder, 'log.csv')
-            with open(self.log, 'a') as file:  # the rows after the state are of iterations that are done again
-                size = file.truncate(min(about['log_size'], os.path.getsize(self.log)))
-                file.write('' if size else ','.join(self.FIELDS) + '\n')
-            self.log_size = os.path.getsize(self.log)
+            self.log, self.log_size = os.path.join(folder, 'log.csv'), about['log_size']
+            open(self.log, 'a').close()
 
     def add(self, answers, pictures=None):
         """Count an iteration; `answers` is what `train_step` returns, `pictures` what `show_pictures` shows."""
@@ -506,28 +497,30 @@ class Run:
         self.start_clock()
 
     def write_row(self, **row):
-        """Append a row to the log, whole or not at all. A full disk is said, and does not end the run."""
-        if self.folder:
-            row.update(epoch=self.epoch, iteration=self.iteration, seconds=round(time.monotonic() - self.start, 3))
-            line = ','.join(str(row.get(name, '')) for name in self.FIELDS) + '\n'
-            try:
-                with open(self.log, 'a') as file:
-                    file.write(line)
-                self.log_size += len(line)
-            except OSError as error:
-                print(f'WARNING: {self.log} cannot be written ({error}); the run goes on')
-                with contextlib.suppress(OSError):
-                    os.truncate(self.log, self.log_size)
+        """Write a row at the end of the log; a full disk is said, and does not end the run.
+
+        What the log has beyond `log_size` goes: rows that a killed run wrote after its state, or a part of one.
+        """
+        if not self.folder:
+            return
+        row.update(epoch=self.epoch, iteration=self.iteration, seconds=round(time.monotonic() - self.start, 3))
+        try:
+            with open(self.log, 'a') as file:
+                size = file.truncate(min(self.log_size, os.path.getsize(self.log)))
+                rows = [row] if size else [dict(zip(self.FIELDS, self.FIELDS)), row]
+                file.writelines(','.join(str(row.get(name, '')) for name in self.FIELDS) + '\n' for row in rows)
+            self.log_size = os.path.getsize(self.log)
+        except OSError as error:
+            print(f'WARNING: {self.log} cannot be written ({error}); the run goes on')
 
     def snapshot(self, modules):
         """{name: (devices, ...) NumPy array}: what the run needs of the modules to go on; all of it is finite."""
         mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
         arrays = {}
-        for mod in modules[:2]:
-            for name, copies in device_arrays(mod).items():
-                # all devices hold the same but for the moving averages, of which each has its own
-                arrays[name] = np.stack([copy.asnumpy() for copy in copies[:len(copies) if 'moving' in name else 1]])
-                self.check_finite(name, arrays[name])
+        for name, copies in device_arrays(modules).items():
+            # all devices hold the same but for the moving averages, of which each has its own
+            arrays[name] = np.stack([copy.asnumpy() for copy in copies[:len(copies) if 'moving' in name else 1]])
+            self.check_finite(name, arrays[name])
         return arrays
 
     def save_state(self, modules):
@@ -569,12 +562,15 @@ def span(seconds):
             return f'{seconds / size:.0f}{unit}' if seconds >= 0 else '?'
 
 
-def device_arrays(mod):
-    """{name: its copy on each device} of a module's parameters, Adam's moments of them, and moving averages."""
-    devices, arrays = len(mod._context), dict(zip(mod._aux_names, mod._exec_group.aux_arrays))
-    for i, (name, copies) in enumerate(zip(mod._param_names, mod._exec_group.param_arrays)):
-        moments = [mod._updater.states[i * devices + k] for k in range(devices)]
-        arrays[name], (arrays[f'{name}_mean'], arrays[f'{name}_var']) = copies, zip(*moments)
+def device_arrays(modules):
+    """{name: its copy on each device} of both networks' parameters, Adam's moments of them, and moving averages."""
+    arrays = {}
+    for mod in modules[:2]:
+        devices = len(mod._context)
+        arrays.update(zip(mod._aux_names, mod._exec_group.aux_arrays))
+        for i, (name, copies) in enumerate(zip(mod._param_names, mod._exec_group.param_arrays)):
+            moments = [mod._updater.states[i * devices + k] for k in range(devices)]
+            arrays[name], (arrays[f'{name}_mean'], arrays[f'{name}_var']) = copies, zip(*moments)
     return arrays
 
 
@@ -630,9 +626,8 @@ def lock(folder, stack):
 
 
 def list_states(folder):
-    """The paths of a run's states, newest first."""
-    paths = glob.glob(os.path.join(glob.escape(folder), 'state-*-*.npz'))
-    return sorted(paths, key=lambda path: [int(n) for n in re.findall('[0-9]+', os.path.basename(path))], reverse=True)
+    """The paths of a run's states, newest first: their names are in order."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), 'state-*-*.npz')), reverse=True)
 
 
 def read_state(path):
@@ -674,32 +669,23 @@ def restore(s, modules, about, arrays, workers):
     for name in ('batch_size', 'lr', 'beta1', 'seed', 'workers'):
         if was[name] != now[name]:
             print(f'WARNING: {name} was {was[name]!r} and is {now[name]}: it goes on, but is not the same run')
-    for mod in modules[:2]:
-        for name, copies in device_arrays(mod).items():
-            for k, copy in enumerate(copies):
-                copy[:] = arrays[name][k % len(arrays[name])]
-        # from here on Adam's bias correction counts
+    for name, copies in device_arrays(modules).items():
+        for k, copy in enumerate(copies):
+            copy[:] = arrays[name][k % len(arrays[name])]
+    for mod in modules[:2]:  # from here on Adam's bias correction counts
         mod._optimizer.begin_num_update = mod._optimizer.num_update = about['num_update']
 
 
 # ---------------------------------------------------------------- sampling
 
-def latent_batches(s, n, size):
-    """Yield n latents in batches of (size, Z), for a conditional G with their digits, (size,), else with None.
-
-    They are the same for the same seed, and come out of NumPy's stream, so that training does not notice.
-    """
-    rng = np.random.RandomState(s.seed)
-    digits = np.resize([int(digit) for digit in (s.digits if s.sample else '0123456789')], n)
-    for start in range(0, n, size):
-        batch = digits[start:start + size]
-        latent = rng.normal(size=(len(batch), s.Z)).astype(np.float32)
-        yield latent, batch if s.conditional else None
-
-
 def fixed_latents(s, n):
-    """(n, Z) latents, and for a conditional G n digits, else None: always the same."""
-    return next(latent_batches(s, n, n))
+    """(n, Z) latents, and for a conditional G n digits, else None: the same for the same seed.
+
+    They come out of NumPy's stream, so that training does not notice.
+    """
+    latent = np.random.RandomState(s.seed).normal(size=(n, s.Z)).astype(np.float32)
+    digits = np.resize([int(digit) for digit in (s.digits if s.sample else '0123456789')], n)
+    return latent, digits if s.conditional else None
 
 
 def generate(modG, latent, digits=None):
@@ -739,12 +725,14 @@ def make_samples(s):
     os.makedirs(folder, exist_ok=True)
     for old in glob.glob(os.path.join(glob.escape(folder), '[0-9]' * 5 + '.png')):
         os.remove(old)
+    latent, digits = fixed_latents(s, s.sample)
     mosaic = []
-    images = itertools.chain.from_iterable(generate(modG, *batch) for batch in latent_batches(s, s.sample, size))
-    for i, image in enumerate(images):  # a batch at a time: many take no more memory than few
-        visual.save(os.path.join(folder, f'{i:05d}.png'), visual.tile(image[None]))
-        if i < 1024:
-            mosaic.append(image)
+    for start in range(0, s.sample, size):  # a batch at a time: many take no more memory than few
+        part = slice(start, start + size)
+        images = generate(modG, latent[part], digits[part] if s.conditional else None)
+        mosaic.extend(images[:1024 - len(mosaic)])
+        for i, image in enumerate(images, start):
+            visual.save(os.path.join(folder, f'{i:05d}.png'), visual.tile(image[None]))
     columns = len(s.digits) if s.conditional else None
     visual.save(os.path.join(out, 'sample.png'), visual.tile(np.stack(mosaic), columns))
     # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
@@ -776,13 +764,11 @@ class Cluster:
             if data.ROLE:
                 raise ValueError(f"DMLC_ROLE={data.ROLE}, but kvstore = {s.kvstore!r}: set 'dist_sync', or unset it")
             return
-        right = {'DMLC_ROLE': 'worker|server|scheduler', 'DMLC_PS_ROOT_URI': '.+', 'DMLC_PS_ROOT_PORT': '[0-9]+',
-                 'DMLC_NUM_WORKER': '[0-9]+', 'DMLC_NUM_SERVER': '[0-9]+'}
-        self.variables = {name: os.environ.get(name, '') for name in right}
-        for name, value in self.variables.items():
-            if not re.fullmatch(right[name], value):
-                raise ValueError(f"{name}={value!r}: kvstore = 'dist_sync' needs it to be {right[name]} "
-                                 '(README, several machines)')
+        for name, right in (('ROLE', 'worker|server|scheduler'), ('PS_ROOT_URI', '.+'), ('PS_ROOT_PORT', '[0-9]+'),
+                            ('NUM_WORKER', '[0-9]+'), ('NUM_SERVER', '[0-9]+')):
+            value = os.environ.get(f'DMLC_{name}', '')
+            if not re.fullmatch(right, value):
+                raise ValueError(f'DMLC_{name}={value!r}: has to be {right} (README, "Several machines")')
         self.closing = threading.Event()
         self.watcher = threading.Thread(target=self.watch, daemon=True)
         self.watcher.start()
@@ -806,8 +792,8 @@ class Cluster:
                 give_up(f'a process of the cluster has died (no heartbeat for {DEAD} s); start all again, '
                         "resume = 'latest'")
             if time.monotonic() > late:
-                give_up(f'the cluster is not complete after {ALONE} s: do all its processes run, and with the same '
-                        f'{self.variables}?')
+                give_up(f'the cluster is not complete after {ALONE} s: do all its processes run, with the same DMLC_ '
+                        'variables?')
 
     def vote(self, *numbers):
         """The sum of each of two numbers over the workers, known to all. It waits for the network, not for a device."""
@@ -822,11 +808,11 @@ class Cluster:
         """What `find_state` returns. Raises ValueError where the workers do not all find the same state."""
         if not self.kv:
             return find_state(path)
-        state, mark = None, 0
+        state, mark = None, (-1, -1)
         with contextlib.suppress(ValueError):
             state = find_state(path)
-            mark = zlib.crc32('{epoch} {iteration} {seconds}'.format(**state[0]).encode()) % 2 ** 16
-        if self.vote(mark, 0)[0] != mark * self.workers or not state:
+            mark = state[0]['num_update'], int(state[0]['seconds'])
+        if tuple(self.vote(*mark)) != tuple(n * self.workers for n in mark) or not state:
             raise ValueError(f'{path}: not all workers find the same state; out must be one folder for all of them')
         return state
 
