@@ -56,13 +56,16 @@ try:
     os.environ.setdefault('MXNET_CUDNN_LIB_CHECKING', '0')  # no warning that cuDNN is newer than the build's
     os.environ.setdefault('CUDA_MODULE_LOADING', 'LAZY')    # kernels at their first use: less memory, a faster start
     os.environ['MXNET_UPDATE_ON_KVSTORE'] = '0'             # Adam's state of several devices stays here, to be saved
-    for path in [path for name in CUDA for folder in sys.path for path in glob.glob(f'{folder}/nvidia/*/lib/{name}')]:
-        ctypes.CDLL(path, ctypes.RTLD_GLOBAL)  # PyPI's packages put CUDA where the loader does not look
+    for name in CUDA:  # PyPI's packages put it where the loader does not look
+        for folder in sys.path:
+            for path in glob.glob(f'{glob.escape(folder)}/nvidia/*/lib/{name}'):
+                ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
     # in a scheduler or server `import mxnet` would serve and never return; dcgan.Cluster does that, and watches
     ROLE = os.environ.pop('DMLC_ROLE', None)
     with unittest.mock.patch.object(np, '__getattr__', getattr_for_mxnet):
         import mxnet as mx
-    os.environ.update({'DMLC_ROLE': ROLE} if ROLE else {})
+    if ROLE:
+        os.environ['DMLC_ROLE'] = ROLE
     GPU_BUILD = mx.runtime.Features().is_enabled('CUDA')
 except (ImportError, OSError) as error:
     missing = error.name if isinstance(error, ModuleNotFoundError) else str(error).split(':')[0]
@@ -87,6 +90,24 @@ def default_ctx():
     if GPU_BUILD and ROLE not in ('scheduler', 'server'):
         print(f'WARNING: MXNet sees no GPU (usual reasons: {reason}); training on the CPU', flush=True)
     return mx.cpu()
+
+
+def check_devices(s):
+    """Raise ValueError where a device cannot be used: MXNet finds out late and says it at length, or dies of it."""
+    # bytes, about: MXNet itself; the layers' outputs and their gradients; weights, gradients, Adam's moments, a copy
+    needed = (0.7e9 + 8 * s.batch_size / len(s.ctx) * (5760 * s.ngf + 4736 * s.ndf)
+              + 20 * 16 * (8 * s.Z * s.ngf + 42 * s.ngf ** 2 + 42 * s.ndf ** 2))
+    for ctx in s.ctx:
+        try:
+            free = mx.context.gpu_memory_info(ctx.device_id)[0] if ctx.device_type == 'gpu' else math.inf
+            if free < needed:
+                raise ValueError(f'{free / 1e9:.1f} GB of its memory are free, about {needed / 1e9:.1f} GB are needed')
+            mx.nd.ones(1, ctx).asnumpy()
+        except (ValueError, mx.MXNetError) as error:
+            problem = last_line(error)
+            if 'no kernel image' in problem:
+                problem += '; mxnet-cu112 has code for compute capability 5.0 to 8.9 only, Maxwell to Ada'
+            raise ValueError(f'ctx = {ctx}: {problem}; set ctx to mx.cpu() or to another GPU') from None
 
 
 # ---------------------------------------------------------------- MNIST and digits
@@ -149,9 +170,10 @@ def _read_idx(path, what, image_shape):
     header = struct.Struct(f'>{2 + len(image_shape)}I')
     with open(path, 'rb') as file:
         content = file.read()
-    zipped = content[:2] == b'\x1f\x8b'
+    kind = 'gzip file' if content[:2] == b'\x1f\x8b' else 'file'
     try:
-        content = gzip.decompress(content) if zipped else content
+        if kind == 'gzip file':
+            content = gzip.decompress(content)
         if len(content) < header.size:
             raise ValueError('empty, or cut short in its header')
         found, count, *shape = header.unpack_from(content)
@@ -162,7 +184,7 @@ def _read_idx(path, what, image_shape):
         if count == 0 or len(content) != header.size + count * math.prod(image_shape):
             raise ValueError(f'cut short, or has bytes left over: its header promises {count} {what}')
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f'{path}: wrong or damaged {"gzip " * zipped}file ({error}); fetch it again') from None
+        raise ValueError(f'{path}: wrong or damaged {kind} ({error}); fetch it again') from None
     return np.frombuffer(content, np.uint8, offset=header.size).reshape((count,) + image_shape)
 
 
@@ -305,15 +327,9 @@ class ImagenetIter(mx.io.DataIter):
     def reset(self):
         self.internal.reset()
 
-    def iter_next(self):  # not `internal.iter_next`: it stays at the batch that MXNet reads ahead to learn its shape
-        self.batch = next(self.internal, None)
-        return self.batch is not None
-
-    def getdata(self):
-        return [self.batch.data[0].as_in_context(self.ctx)]
-
-    def getpad(self):
-        return self.batch.pad
+    def next(self):
+        batch = next(self.internal)
+        return mx.io.DataBatch([batch.data[0].as_in_context(self.ctx)], [], pad=batch.pad)
 
 
 def _check_rec(path, batch_size):

@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 
 import data  # before MXNet, which it prepares
 
@@ -107,24 +108,6 @@ def check(s):
             raise ValueError(f'{name} = {vars(s)[name]!r}: must be {rule}')
 
 
-def check_devices(s):
-    """Raise ValueError where a device cannot be used: MXNet finds out late and says it at length, or dies of it."""
-    # bytes, about: MXNet itself; the layers' outputs and their gradients; weights, gradients, Adam's moments, a copy
-    needed = (0.7e9 + 8 * s.batch_size / len(s.ctx) * (5760 * s.ngf + 4736 * s.ndf)
-              + 20 * 16 * (8 * s.Z * s.ngf + 42 * s.ngf ** 2 + 42 * s.ndf ** 2))
-    for ctx in s.ctx:
-        try:
-            free = mx.context.gpu_memory_info(ctx.device_id)[0] if ctx.device_type == 'gpu' else math.inf
-            if free < needed:
-                raise ValueError(f'{free / 1e9:.1f} GB of its memory are free, about {needed / 1e9:.1f} GB are needed')
-            mx.nd.ones(1, ctx).asnumpy()
-        except (ValueError, mx.MXNetError) as error:
-            problem = data.last_line(error)
-            if 'no kernel image' in problem:
-                problem += '; mxnet-cu112 has code for compute capability 5.0 to 8.9 only, Maxwell to Ada'
-            raise ValueError(f'ctx = {ctx}: {problem}; set ctx to mx.cpu() or to another GPU') from None
-
-
 # ---------------------------------------------------------------- the symbols
 
 def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12):
@@ -198,18 +181,15 @@ def learning_rate(s):
 
 
 def make_modules(s, data_shapes, rand_shapes, kv=None):
-    """G, D, and D's twin that only finds input gradients; bound, initialised, with their optimisers.
+    """G, D, and D's twin, which finds input gradients only, a tenth less work in step 7; with their optimisers.
 
-    The twin shares D's parameters, moving averages and activations. It skips D's weight gradients, which step 7 would
-    throw away: a tenth of the step's work.
+    The twin shares D's parameters, moving averages and activations.
     """
     gout, dloss = make_dcgan_sym(s.ngf, s.ndf, s.nc)
-    names = dict(data_names=('data',), label_names=('label',), context=s.ctx)
-    label_shapes = [('label', (s.batch_size,))]
     modG = mx.mod.Module(gout, data_names=('rand',), label_names=None, context=s.ctx)
     modG.bind(rand_shapes)
-    modD = mx.mod.Module(dloss, **names)
-    modD.bind(data_shapes, label_shapes, inputs_need_grad=bool(s.monitor))
+    modD = mx.mod.Module(dloss, label_names=('label',), context=s.ctx)
+    modD.bind(data_shapes, [('label', (s.batch_size,))], inputs_need_grad=bool(s.monitor))
     mx.random.seed(s.seed)
     for mod in (modG, modD):
         mod.init_params(mx.init.Normal(0.02))
@@ -218,10 +198,8 @@ def make_modules(s, data_shapes, rand_shapes, kv=None):
         for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):
             mod._updater.states[i] = mod._optimizer.create_state(i, weight)
             mod._updater.states_synced[i] = True
-    if s.monitor:  # it would print the weight gradients that the twin leaves uninitialised: D takes the twin's place
-        return modG, modD, modD
-    modDx = mx.mod.Module(dloss, fixed_param_names=modD._param_names, **names)
-    modDx.bind(data_shapes, label_shapes, inputs_need_grad=True, shared_module=modD)
+    modDx = mx.mod.Module(dloss, label_names=('label',), context=s.ctx, fixed_param_names=modD._param_names)
+    modDx.bind(data_shapes, modD.label_shapes, inputs_need_grad=True, shared_module=modD)
     return modG, modD, modDx
 
 
@@ -243,13 +221,12 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1):
     """
     # 1. G makes a batch of fakes from a latent batch.
     modG.forward(rbatch, is_train=True)
-    fakes = modG.get_outputs()[0]
-    conditional = len(rbatch.label) > 0  # then the batch says which digit each of the fakes should be
-    fakes_and_digits = fakes
-    if conditional:
-        fakes_and_digits = mx.nd.concat(fakes, data.one_hot_maps(rbatch.label[0], fakes.shape[2]), dim=1)
+    fakes = modG.get_outputs()[0].copy()
+    shown = fakes  # to D
+    if rbatch.label:  # a conditional D sees, too, which digit each of the fakes should be
+        shown = mx.nd.concat(fakes, data.one_hot_maps(rbatch.label[0], fakes.shape[2]), dim=1)
     # 2. The fakes get label 0.  3. D sees them; the gradients are kept, the weights not yet updated.
-    answers_to_fakes = forward_backward(modD, fakes_and_digits, label0)
+    answers_to_fakes = forward_backward(modD, shown, label0)
     kept = [[grad.copy() for grad in grads] for grads in modD._exec_group.grad_arrays]
     # 4. The real batch gets label 1; D sees it.
     answers_to_reals = forward_backward(modD, batch.data[0], label1)
@@ -260,10 +237,8 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1):
                 real_grad += fake_grad
         modD.update()
     # 6. Now the fakes get label 1: what G wants D to say.  7. The updated D sees them again, down to its input.
-    answers_after_update = forward_backward(modDx, fakes_and_digits, label1)
-    diff = modDx.get_input_grads()[0]
-    if conditional:
-        diff = diff.slice_axis(axis=1, begin=0, end=fakes.shape[1])
+    answers_after_update = forward_backward(modDx, shown, label1)
+    diff = modDx.get_input_grads()[0].slice_axis(axis=1, begin=0, end=fakes.shape[1])  # without the digits' maps
     # 8. That gradient, `diff`, goes backward through G, and G is updated.
     modG.backward([diff])
     with mx.engine.bulk(64):
@@ -282,8 +257,8 @@ def train_loop(s, modules, train_iter, rand_iter, run, coverage, stop):
     """
     label0, label1 = mx.nd.zeros(s.batch_size, s.ctx[0]), mx.nd.ones(s.batch_size, s.ctx[0])
     # of each layer's output and of `diff`: the root mean square
-    monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='.*output|d1_backward_data', sort=True)
-    for mod in modules[:2] if s.monitor else ():
+    monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='(?!.*backward).*output|d1_backward_output0', sort=True)
+    for mod in modules if s.monitor else ():
         mod.install_monitor(monitor)
     while run.epoch < s.epochs and not stop.agreed:
         for batch, rbatch in epoch_batches(s, run, train_iter, rand_iter, stop):
@@ -296,11 +271,12 @@ def train_loop(s, modules, train_iter, rand_iter, run, coverage, stop):
                 run.print_line()
                 if run.folder and time.monotonic() > run.last_shown + 1:  # nobody looks at more than one a second
                     show_pictures(s, run)
-            if run.epoch == 0 and run.iteration in (50, 100, 200, 400, 800):  # most happens here: the film shows it
+            if run.folder and run.epoch == 0 and run.iteration in (50, 100, 200, 400, 800):  # for the film
                 save_mosaic(s, run, modules[0], f'gout-0000-{run.iteration:05d}')
         if not stop.agreed:
             run.print_line()  # of the last iterations, fewer than ten
-            finish_epoch(s, run, modules, coverage)
+            if run.folder:
+                finish_epoch(s, run, modules, coverage)
             run.epoch, run.iteration, run.num_batches = run.epoch + 1, 0, run.iteration
         run.save_state(modules)
         run.start_clock()  # pictures, counting and saving are no part of the speed
@@ -313,7 +289,7 @@ def epoch_batches(s, run, train_iter, rand_iter, stop):
     train_iter.reset()
     for _ in range(run.iteration):
         rand_iter.next()
-        train_iter.iter_next()
+        next(train_iter, None)
     done = False
     while True:
         batch = next(train_iter, None)
@@ -344,16 +320,13 @@ def show_pictures(s, run):
 
 def save_mosaic(s, run, modG, title):
     """Write a mosaic of always the same latents."""
-    if run.folder:
-        latent, digits = fixed_latents(s, s.batch_size)
-        visual.visual(title, generate(modG, latent, digits), run.folder, False, digits)
+    latent, digits = fixed_latents(s, s.batch_size)
+    visual.visual(title, generate(modG, latent, digits), run.folder, False, digits)
 
 
 def finish_epoch(s, run, modules, coverage):
     """Leave the pictures, a mosaic, the film, the count of digits among 1,000 images, and MXNet's own files."""
-    if not run.folder:
-        return
-    arrays = run.snapshot(modules)
+    run.snapshot(modules)  # nothing is made of weights that are not finite
     if run.pictures:  # none where a run goes on at the end of an epoch
         show_pictures(s, run)
     save_mosaic(s, run, modules[0], f'gout-{run.epoch:04d}')
@@ -369,7 +342,7 @@ def finish_epoch(s, run, modules, coverage):
                   f'{100 * row["asked_worst"]:.0f} %')
         run.write_row(**row)
     if s.check_point:
-        run.save_params(modules, arrays)
+        run.save_params(modules)
 
 
 class Stop(io.TextIOBase):
@@ -378,31 +351,32 @@ class Stop(io.TextIOBase):
     It also stands for stdout, so that all that is printed goes through `write`.
     """
 
-    signum = time = 0  # the signal that asked, and when
-    agreed = False     # whether the loop ends for it; in a cluster, whether all loops do
+    signum = asked_at = 0  # the signal that asked, and when
+    agreed = False         # whether the loop ends for it; in a cluster, whether all loops do
 
     def __init__(self, stdout):
         self.stdout = stdout
 
     def asked(self):
-        if visual.quit_pressed():
-            self.signum = self.signum or signal.SIGINT
+        if visual.quit_pressed() and not self.signum:
+            self.handle(signal.SIGINT, None)
         return self.signum > 0
 
     def handle(self, signum, frame):
         """Handle a signal: the first asks, a second one ends the process at once."""
         if self.signum in (0, signal.SIGPIPE):  # a pipe's reader may have got the same Ctrl-C
-            self.signum, self.time = signum, time.monotonic()
+            self.signum, self.asked_at = signum, time.monotonic()
             self.write('stopping after the steps in flight; once more: at once\n')
-        elif time.monotonic() - self.time > 0.5:  # `timeout` sends each signal twice
+        elif time.monotonic() - self.asked_at > 0.5:  # `timeout` sends each signal twice
             os._exit(128 + signum)
 
     def write(self, text):
         """Print. A pipe without a reader, as after Ctrl-C with `| tee`, asks the run to end; a full disk does not."""
-        try:  # past Python's buffer, which would fail again at the end
-            os.write(self.stdout.fileno(), text.encode(errors='replace'))
-        except io.UnsupportedOperation:  # stdout may be no file, as in a notebook
-            self.stdout.write(text)
+        try:
+            if self.stdout is sys.__stdout__:  # past Python's buffer, which would fail again at the end
+                os.write(self.stdout.fileno(), text.encode(errors='replace'))
+            else:  # a notebook's, say
+                self.stdout.write(text)
         except BrokenPipeError:
             self.signum = self.signum or signal.SIGPIPE
         except OSError:
@@ -414,8 +388,8 @@ class Stop(io.TextIOBase):
 class Run:
     """Where the training stands, its metrics since the last line, and its folder (README, "What you see").
 
-    `folder` is None in those processes of a cluster that do not print, show and save. `about` is what a state remembers
-    of its run; None: a run that begins.
+    `folder` is None in all workers of a cluster but the first. `about` is what a state remembers of its run, None where
+    one begins.
     """
 
     FIELDS = ['epoch', 'iteration', 'seconds', 'facc', 'fentropy_G', 'fentropy_D', 'images_per_second',
@@ -432,7 +406,7 @@ class Run:
         self.pictures, self.last_shown = None, -math.inf
         self.warm = False                      # whether a first step is done
         self.start = time.monotonic() - about['seconds']
-        self.lost = 0                          # iterations in a row in which D has won; once said, it stays
+        self.won_by_D = 0                      # iterations in a row in which D has won; at 200 that is said, once
         self.saved = about.get('path')
         self.start_clock()
         if folder:
@@ -459,11 +433,10 @@ class Run:
         """Bring the metrics up to date, with one copy from the device for all iterations since the last time."""
         if self.answers:
             answers = mx.nd.concat(*itertools.chain(*self.answers), dim=0).asnumpy().reshape(len(self.answers), 3, -1)
-            label0, label1 = np.zeros_like(answers[0, 0]), np.ones_like(answers[0, 0])
-            for to_fakes, to_reals, after_update in answers:
-                mACC = (facc(label0, to_fakes) + facc(label1, to_reals)) / 2
-                mD = (fentropy(label0, to_fakes) + fentropy(label1, to_reals)) / 2
-                self.metrics.append([float(mACC), float(fentropy(label1, after_update)), float(mD)])
+            label1, label01 = np.ones(self.s.batch_size), np.repeat([0., 1.], self.s.batch_size)
+            for answer in answers:  # to the fakes and to the reals, and to the fakes after the update
+                mACC, mG, mD = facc(label01, answer[:2]), fentropy(label1, answer[2]), fentropy(label01, answer[:2])
+                self.metrics.append([float(mACC), float(mG), float(mD)])
             self.answers = []
             self.check_finite('the loss', self.metrics)
 
@@ -487,28 +460,27 @@ class Run:
         speed = self.s.batch_size * self.cluster.workers / seconds
         print(f"epoch: {self.epoch} iter: {self.iteration} metric: ('facc', {mACC:.2f}) ('fentropy', {mG:.2f}) "
               f"('fentropy', {mD:.2f}) {speed:.0f}/s {span(left)} {span(run_left)}".replace('nan', '?'))
-        self.write_row(facc=mACC, fentropy_G=mG, fentropy_D=mD, images_per_second=speed)
-        if self.lost < 200:
-            self.lost = self.lost + len(self.metrics) if mD < 0.01 and mG > 6 else 0
-            if self.lost >= 200:
+        if self.folder:
+            self.write_row(facc=mACC, fentropy_G=mG, fentropy_D=mD, images_per_second=speed)
+        if self.won_by_D < 200:
+            self.won_by_D = self.won_by_D + len(self.metrics) if mD < 0.01 and mG > 6 else 0
+            if self.won_by_D >= 200:
                 print('WARNING: D has told all fakes for 200 iterations, and G learns nothing: stop; set a larger lr')
         self.losses += [self.num_update, float(mG), float(mD)]
         self.metrics = []
         self.start_clock()
 
     def write_row(self, **row):
-        """Write a row at the end of the log; a full disk is said, and does not end the run.
+        """Append a row to the log, in place of rows after `log_size`, which a killed run wrote after its last state.
 
-        What the log has beyond `log_size` goes: rows that a killed run wrote after its state, or a part of one.
+        A full disk is said, and does not end the run.
         """
-        if not self.folder:
-            return
         row.update(epoch=self.epoch, iteration=self.iteration, seconds=round(time.monotonic() - self.start, 3))
         try:
             with open(self.log, 'a') as file:
-                size = file.truncate(min(self.log_size, os.path.getsize(self.log)))
-                rows = [row] if size else [dict(zip(self.FIELDS, self.FIELDS)), row]
-                file.writelines(','.join(str(row.get(name, '')) for name in self.FIELDS) + '\n' for row in rows)
+                if file.truncate(min(self.log_size, os.path.getsize(self.log))) == 0:
+                    file.write(','.join(self.FIELDS) + '\n')
+                file.write(','.join(str(row.get(name, '')) for name in self.FIELDS) + '\n')
             self.log_size = os.path.getsize(self.log)
         except OSError as error:
             print(f'WARNING: {self.log} cannot be written ({error}); the run goes on')
@@ -518,8 +490,8 @@ class Run:
         mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
         arrays = {}
         for name, copies in device_arrays(modules).items():
-            # all devices hold the same but for the moving averages, of which each has its own
-            arrays[name] = np.stack([copy.asnumpy() for copy in copies[:len(copies) if 'moving' in name else 1]])
+            devices = len(copies) if 'moving' in name else 1  # each has its own averages; all else is the same
+            arrays[name] = np.stack([copy.asnumpy() for copy in copies[:devices]])
             self.check_finite(name, arrays[name])
         return arrays
 
@@ -543,15 +515,15 @@ class Run:
                 with contextlib.suppress(OSError):
                     os.remove(old)
 
-    def save_params(self, modules, arrays):
+    def save_params(self, modules):
         """Write both networks in MXNet's own format, under the names of the published script."""
         stamp = os.path.basename(self.folder).replace(f'{self.s.dataset}_', '', 1)
         for net, mod in zip('GD', modules):
             prefix = os.path.join(self.folder, f'{self.s.dataset}_{net}_{stamp}')
-            params = [{name: mx.nd.array(arrays[name][0]) for name in names}
-                      for names in (mod._param_names, mod._aux_names)]
+            executor = mod._exec_group.execs[0]  # of the first device
+            params = {name: executor.arg_dict[name] for name in mod._param_names}
             with written_whole(prefix, '-symbol.json', f'-{self.epoch:04d}.params') as temporary:
-                mx.model.save_checkpoint(temporary, self.epoch, mod.symbol, *params)
+                mx.model.save_checkpoint(temporary, self.epoch, mod.symbol, params, executor.aux_dict)
                 mx.model.load_checkpoint(temporary, self.epoch)  # MXNet does not notice every full disk
 
 
@@ -569,17 +541,14 @@ def device_arrays(modules):
         devices = len(mod._context)
         arrays.update(zip(mod._aux_names, mod._exec_group.aux_arrays))
         for i, (name, copies) in enumerate(zip(mod._param_names, mod._exec_group.param_arrays)):
-            moments = [mod._updater.states[i * devices + k] for k in range(devices)]
-            arrays[name], (arrays[f'{name}_mean'], arrays[f'{name}_var']) = copies, zip(*moments)
+            means, variances = zip(*(mod._updater.states[i * devices + k] for k in range(devices)))
+            arrays.update({name: copies, f'{name}_mean': means, f'{name}_var': variances})
     return arrays
 
 
 @contextlib.contextmanager
 def written_whole(prefix, *ends):
-    """Yield a prefix to write files under, which end in `ends`; then they get their true names: all whole, or none.
-
-    Where that fails, it is said, and the run goes on.
-    """
+    """Yield a prefix to write files under, then rename them: all of these `ends`, whole, or none. A failure is said."""
     temporary = f'{prefix}.tmp'
     try:
         yield temporary
@@ -626,8 +595,9 @@ def lock(folder, stack):
 
 
 def list_states(folder):
-    """The paths of a run's states, newest first: their names are in order."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), 'state-*-*.npz')), reverse=True)
+    """The paths of a run's states, newest first."""
+    paths = glob.glob(os.path.join(glob.escape(folder), 'state-*-*.npz'))
+    return sorted(paths, key=lambda path: [int(n) for n in re.findall('[0-9]+', os.path.basename(path))], reverse=True)
 
 
 def read_state(path):
@@ -636,7 +606,7 @@ def read_state(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = dict(json.loads(str(arrays.pop('about'))), path=path)
-        if 'losses' not in about:
+        if 'losses' not in about:  # as older versions saved it
             raise ValueError('another version of the program has saved it')
         if about['shapes'] != {name: list(a.shape) for name, a in arrays.items() if a.dtype == np.float32}:
             raise ValueError('its arrays are not those that were saved')
@@ -719,8 +689,9 @@ def load_generator(s, path, size):
 def make_samples(s):
     """Write `sample.png`, the single images and `walk.png` into the run's folder."""
     size = min(s.sample, s.batch_size)
+    data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1], batch_size=size))
     modG, path = load_generator(s, s.resume, size)
-    out = os.path.dirname(path) or '.'
+    out = os.path.dirname(path)
     folder = os.path.join(out, 'sample')
     os.makedirs(folder, exist_ok=True)
     for old in glob.glob(os.path.join(glob.escape(folder), '[0-9]' * 5 + '.png')):
@@ -808,11 +779,12 @@ class Cluster:
         """What `find_state` returns. Raises ValueError where the workers do not all find the same state."""
         if not self.kv:
             return find_state(path)
-        state, mark = None, (-1, -1)
-        with contextlib.suppress(ValueError):
+        try:
             state = find_state(path)
-            mark = state[0]['num_update'], int(state[0]['seconds'])
-        if tuple(self.vote(*mark)) != tuple(n * self.workers for n in mark) or not state:
+            mark = [int(state[0][name]) % 2 ** 16 for name in ('num_update', 'seconds')]  # votes are float32
+        except ValueError:
+            mark = [-1, -1]
+        if mark[0] < 0 or list(self.vote(*mark)) != [n * self.workers for n in mark]:
             raise ValueError(f'{path}: not all workers find the same state; out must be one folder for all of them')
         return state
 
@@ -842,7 +814,7 @@ def give_up(message):
 def run_training(s, stop, stack):
     """Train; the settings are checked, and errors are exceptions. What is to be closed at the end goes to `stack`."""
     cluster = Cluster(s)
-    check_devices(s)
+    data.check_devices(s)
     if cluster.rank:  # the first worker prints, shows and saves
         stack.enter_context(contextlib.redirect_stdout(None))
     folder = s.resume if os.path.isdir(s.resume) and not cluster.rank else None
@@ -896,6 +868,7 @@ def train(settings):
     stop = Stop(sys.stdout or io.StringIO())
     try:
         with contextlib.ExitStack() as stack:
+            stack.callback(visual.close)
             stack.enter_context(contextlib.redirect_stdout(stop))
             check(s)
             if s.resume:  # a run is called like its folder, not like a link to it
@@ -908,8 +881,11 @@ def train(settings):
         give_up(data.last_line(error))
     except KeyboardInterrupt:  # before the loop and while samples are made; in the loop `Stop` takes it
         (os._exit if data.ROLE else sys.exit)(130)
-    finally:
-        visual.close()
+    except Exception:  # a mistake in the program: a process of a cluster ends at once, as in `give_up`
+        if not data.ROLE:
+            raise
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == '__main__':

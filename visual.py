@@ -3,7 +3,6 @@
 The windows belong to a child process that shows the files as they change. OpenCV ends a process that has no screen,
 or loses it, without an exception; the child process keeps that away from the training.
 """
-import atexit
 import glob
 import math
 import os
@@ -86,15 +85,16 @@ def save(path, picture):
 def film(out):
     """Join the mosaics `gout-*.png` of a folder, in the order of their names, to `film.webp` of at most 3 MB.
 
-    It has about fifty frames, evenly chosen, and fewer where these would be too large. What fails is said once.
+    It has up to 25 frames, evenly chosen, and fewer where these would be too large. What fails is said once.
     """
     paths = sorted(glob.glob(os.path.join(glob.escape(out), 'gout-*.png')))
     temporary = os.path.join(out, 'film.tmp.webp')
     if not paths:
         return
     try:
-        for count in (50, 25, 12, 6, 2):
-            frames = [cv2.imread(paths[i]) for i in sorted({(len(paths) - 1) * k // count for k in range(count + 1)})]
+        for count in (24, 12, 6, 2):  # a second of work for 25 of 512x512
+            chosen = np.unique(np.linspace(0, len(paths) - 1, count + 1).astype(int))
+            frames = [cv2.imread(paths[i]) for i in chosen]
             animation = cv2.Animation()
             animation.frames = [frame for frame in frames if frame.shape == frames[-1].shape]  # of this batch size
             animation.durations = [400] * (len(animation.frames) - 1) + [2500]  # milliseconds
@@ -192,7 +192,6 @@ def _start_viewer(out):
         return None
     viewer = subprocess.Popen([sys.executable, __file__, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               start_new_session=True)  # Ctrl-C in the terminal is for the training alone
-    atexit.register(viewer.kill)
     viewer.stdout.read(1)  # a byte, or the end
     return viewer
 
@@ -228,7 +227,7 @@ def _view(out):
             cv2.imshow(title, picture)
         if cv2.waitKey(50) & 0xff == QUIT:
             sys.exit(QUIT)
-        if shown and signal.alarm(0):
+        if shown and signal.alarm(0):  # the first time: the screen has answered, tell the training
             os.write(1, b'.')
         time.sleep(0.01)  # without a window waitKey does not wait
 

@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import glob
+import io
 import json
 import os
 import pickle
@@ -235,6 +236,13 @@ def test_a_state_holds_no_pickle(finished):
         with np.load(path, allow_pickle=False) as file:
             kinds = {name: file[name].dtype.kind for name in file.files}
         assert kinds.pop('about') == 'U' and set(kinds.values()) == {'f'}
+
+
+def test_states_are_in_order_however_long_the_run(tmp_path):
+    expected = ['state-10000-00000.npz', 'state-9999-00000.npz', 'state-0002-100000.npz', 'state-0002-99999.npz']
+    for name in sorted(expected):
+        (tmp_path / name).touch()
+    assert [os.path.basename(path) for path in dcgan.list_states(str(tmp_path))] == expected
 
 
 # ---------------------------------------------------------------- resuming
@@ -591,6 +599,16 @@ def test_q_stops_one_run_and_not_the_next(tiny, monkeypatch):
     assert caught.value.code == 130 and names(latest(s), 'state-*') == ['state-0000-00010.npz']
     dcgan.train(replace(s, resume='latest'))
     assert names(latest(s), 'state-*')[-1] == 'state-0002-00000.npz'
+
+
+def test_ctrl_c_soon_after_q_does_not_end_at_once(monkeypatch):
+    out, ended = io.StringIO(), []
+    monkeypatch.setattr(visual, 'quit_pressed', lambda: True)
+    monkeypatch.setattr(dcgan.os, '_exit', ended.append)
+    stop = dcgan.Stop(out)
+    assert stop.asked() and stop.asked()
+    stop.handle(signal.SIGINT, None)
+    assert ended == [] and out.getvalue().count('stopping') == 1 and stop.signum == signal.SIGINT
 
 
 # ---------------------------------------------------------------- who reads what is printed

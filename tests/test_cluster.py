@@ -192,6 +192,22 @@ def test_a_process_that_dies_ends_the_others(cluster, tmp_path, victim):
     dcgan.find_state(str(tmp_path / 'out' / 'latest'))
 
 
+def test_a_mistake_in_a_worker_ends_the_others(cluster):
+    """Python's own end would wait for them, with heartbeats all the while."""
+    processes = cluster(epochs=1000, before='''
+step, steps = dcgan.train_step, []
+def mistaken(modG, *args):
+    steps.append(0)
+    if len(steps) == 3 and modG._kvstore.rank == 1:
+        raise RuntimeError('a mistake')
+    return step(modG, *args)
+dcgan.train_step = mistaken
+''')
+    outputs = finish(processes, 60)
+    assert [process.returncode for process in processes] == [1] * 4, outputs
+    assert sum('RuntimeError: a mistake' in err for _, err in outputs) == 1
+
+
 def test_a_worker_without_a_scheduler_says_so(cluster):
     process, = cluster(workers=1, roles=['worker'], before='dcgan.ALONE = 3')
     (_, err), = finish([process], 60)

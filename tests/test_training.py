@@ -1,6 +1,7 @@
 """The networks, the step against the textbook, the metrics, the lines, and whole runs."""
 import contextlib
 import csv
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import warnings
 
 import data
 
+import cv2
 import mxnet as mx
 import numpy as np
 import pytest
@@ -201,7 +203,7 @@ def test_the_metrics_of_a_line_cost_one_copy_from_the_device(tiny, monkeypatch, 
     print_line = dcgan.Run.print_line
     monkeypatch.setattr(dcgan.Run, 'print_line', lambda run: print_line(run) or seen.append(len(copies)))
     monkeypatch.setattr(dcgan, 'show_pictures', lambda *args: None)
-    monkeypatch.setattr(dcgan, 'check_devices', lambda s: None)
+    monkeypatch.setattr(data, 'check_devices', lambda s: None)
     dcgan.train(tiny(batch_size=50, ctx=mx.cpu(1), conditional=conditional))  # 30 iterations
     assert [b - a for a, b in zip([0, *seen], seen)] == [1, 1, 1, 0]  # nothing is left for the end of the epoch
 
@@ -354,6 +356,53 @@ def test_pictures_at_most_once_a_second(tiny, clock, monkeypatch):
         assert [when for other, when in shown if other == title] == times
 
 
+def test_gout_at_the_end_of_an_epoch_is_of_its_last_step(tiny, monkeypatch):
+    """Also where the film has a frame of that iteration, for which G draws other latents."""
+    step, fakes = dcgan.train_step, []
+
+    def recorded(*args):
+        found = step(*args)
+        fakes.append(found[0].asnumpy())
+        return found
+
+    monkeypatch.setattr(dcgan, 'train_step', recorded)
+    s = tiny(batch_size=30)  # 50 iterations
+    dcgan.train(s)
+    assert np.array_equal(cv2.imread(f'{s.out}/latest/gout.png'), visual.tile(fakes[-1]))
+
+
+def test_the_monitor_prints_the_layers_and_diff(tiny, capsys, monkeypatch):
+    step, sizes = dcgan.train_step, []
+
+    def recorded(*args):
+        found = step(*args)
+        sizes.append(float(np.sqrt((found[1].asnumpy() ** 2).mean())))
+        return found
+
+    monkeypatch.setattr(dcgan, 'train_step', recorded)
+    dcgan.train(tiny(batch_size=750, monitor=1))
+    found = re.findall(r'^Batch: +(\d) +(\S+) +(\S+)', capsys.readouterr().out, re.M)
+    names = {name for _, name, _ in found}
+    assert {'g1_output', 'gbn4_output', 'gact5_output', 'd1_output', 'dbn4_output', 'dloss_output'} <= names
+    assert {name for name in names if 'backward' in name} == {'d1_backward_output0'}
+    for batch, size in zip('12', sizes):
+        values = [float(value) for where, name, value in found if (where, name) == (batch, 'd1_backward_output0')]
+        assert len(values) == 3  # D sees three batches; MXNet adds up in float32
+        assert min(abs(value / size - 1) for value in values) < 0.01
+
+
+def test_a_notebook_gets_what_is_printed(tiny, monkeypatch):
+    """Its stdout has the number of a file, which is not the cell."""
+    class Cell(io.StringIO):
+        def fileno(self):
+            return 1
+
+    cell = Cell()
+    monkeypatch.setattr(sys, 'stdout', cell)
+    dcgan.train(tiny(batch_size=750))
+    assert 'epoch: 0 iter: 2 ' in cell.getvalue() and 'done: ' in cell.getvalue()
+
+
 # ---------------------------------------------------------------- whole runs
 
 def test_a_run_as_a_child(child, tmp_path):
@@ -444,9 +493,12 @@ def test_a_gpu_that_the_wheel_has_no_code_for(tiny, monkeypatch):
     def ones(*args):
         raise mx.MXNetError('[bt] (0) libmxnet.so\nCUDA: Check failed: e == cudaSuccess: no kernel image is available')
 
+    s = tiny()
+    dcgan.train(s)
     monkeypatch.setattr(mx.nd, 'ones', ones)
-    with pytest.raises(SystemExit, match=r'^dcgan.py: ctx = cpu\(0\): .*no kernel image.* 5.0 to 8.9 .*mx.cpu\(\)'):
-        dcgan.train(tiny())
+    for changes in {}, dict(resume='latest', sample=3):
+        with pytest.raises(SystemExit, match=r'^dcgan.py: ctx = cpu\(0\): .*no kernel image.* 5.0 to 8.9 .*mx.cpu\(\)'):
+            dcgan.train(dcgan.dataclasses.replace(s, **changes))
 
 
 def test_a_gpu_that_is_full(tiny, monkeypatch):
@@ -463,10 +515,10 @@ def test_a_gpu_that_is_full(tiny, monkeypatch):
     # what is asked for grows with the networks and the batch, and room enough is enough
     s = dcgan.Settings(ngf=256, ndf=256, batch_size=256, ctx=[mx.gpu(0)])
     with pytest.raises(ValueError) as larger:
-        dcgan.check_devices(s)
+        data.check_devices(s)
     assert float(re.search(r'([\d.]+) GB are needed', str(larger.value))[1]) > 4 * float(needed[1])
     monkeypatch.setattr(mx.context, 'gpu_memory_info', lambda device_id=0: (8 * 10 ** 9, 8 * 10 ** 9))
-    dcgan.check_devices(dcgan.Settings(ctx=[mx.gpu(0)]))
+    data.check_devices(dcgan.Settings(ctx=[mx.gpu(0)]))
     assert used[-1] == mx.gpu(0)
 
 
