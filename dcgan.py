@@ -221,7 +221,7 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1):
     """
     # 1. G makes a batch of fakes from a latent batch.
     modG.forward(rbatch, is_train=True)
-    fakes = modG.get_outputs()[0].copy()
+    fakes = modG.get_outputs()[0].copy()  # the next forward may be for a mosaic
     shown = fakes  # to D
     if rbatch.label:  # a conditional D sees, too, which digit each of the fakes should be
         shown = mx.nd.concat(fakes, data.one_hot_maps(rbatch.label[0], fakes.shape[2]), dim=1)
