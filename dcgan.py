@@ -784,7 +784,8 @@ class Cluster:
             mark = [int(state[0][name]) % 2 ** 16 for name in ('num_update', 'seconds')]  # votes are float32
         except ValueError:
             mark = [-1, -1]
-        if mark[0] < 0 or list(self.vote(*mark)) != [n * self.workers for n in mark]:
+        votes = list(self.vote(*mark))  # also where this worker found none: the others wait for its vote
+        if mark[0] < 0 or votes != [n * self.workers for n in mark]:
             raise ValueError(f'{path}: not all workers find the same state; out must be one folder for all of them')
         return state
 
