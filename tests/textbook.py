@@ -1,4 +1,4 @@
-"""The training step as the README lists it, written naively: the judge of the program's.
+"""The training step as `dcgan.train_step` numbers it, written naively: the judge of the program's.
 
 D itself is used in step 7, with everything it can compute; every step ends before the next begins. Several devices
 are several networks with the same weights, each with its part of the batch.
