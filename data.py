@@ -327,9 +327,15 @@ class ImagenetIter(mx.io.DataIter):
     def reset(self):
         self.internal.reset()
 
-    def next(self):
-        batch = next(self.internal)
-        return mx.io.DataBatch([batch.data[0].as_in_context(self.ctx)], [], pad=batch.pad)
+    def iter_next(self):  # not `internal.iter_next`: it stays at the batch that MXNet reads ahead to learn its shape
+        self.batch = next(self.internal, None)
+        return self.batch is not None
+
+    def getdata(self):
+        return [self.batch.data[0].as_in_context(self.ctx)]
+
+    def getpad(self):
+        return self.batch.pad
 
 
 def _check_rec(path, batch_size):

@@ -238,7 +238,9 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1):
         modD.update()
     # 6. Now the fakes get label 1: what G wants D to say.  7. The updated D sees them again, down to its input.
     answers_after_update = forward_backward(modDx, shown, label1)
-    diff = modDx.get_input_grads()[0].slice_axis(axis=1, begin=0, end=fakes.shape[1])  # without the digits' maps
+    diff = modDx.get_input_grads()[0]
+    if rbatch.label:  # without the digits' maps
+        diff = diff.slice_axis(axis=1, begin=0, end=fakes.shape[1])
     # 8. That gradient, `diff`, goes backward through G, and G is updated.
     modG.backward([diff])
     with mx.engine.bulk(64):
@@ -289,7 +291,7 @@ def epoch_batches(s, run, train_iter, rand_iter, stop):
     train_iter.reset()
     for _ in range(run.iteration):
         rand_iter.next()
-        next(train_iter, None)
+        train_iter.iter_next()  # goes on without making the batch
     done = False
     while True:
         batch = next(train_iter, None)
@@ -326,7 +328,7 @@ def save_mosaic(s, run, modG, title):
 
 def finish_epoch(s, run, modules, coverage):
     """Leave the pictures, a mosaic, the film, the count of digits among 1,000 images, and MXNet's own files."""
-    run.snapshot(modules)  # nothing is made of weights that are not finite
+    arrays = run.snapshot(modules)  # first: nothing is made of weights that are not finite
     if run.pictures:  # none where a run goes on at the end of an epoch
         show_pictures(s, run)
     save_mosaic(s, run, modules[0], f'gout-{run.epoch:04d}')
@@ -342,7 +344,7 @@ def finish_epoch(s, run, modules, coverage):
                   f'{100 * row["asked_worst"]:.0f} %')
         run.write_row(**row)
     if s.check_point:
-        run.save_params(modules)
+        run.save_params(modules, arrays)
 
 
 class Stop(io.TextIOBase):
@@ -515,15 +517,15 @@ class Run:
                 with contextlib.suppress(OSError):
                     os.remove(old)
 
-    def save_params(self, modules):
-        """Write both networks in MXNet's own format, under the names of the published script."""
+    def save_params(self, modules, arrays):
+        """Write both networks in MXNet's own format, under the published script's names; `arrays`: `snapshot`'s."""
         stamp = os.path.basename(self.folder).replace(f'{self.s.dataset}_', '', 1)
         for net, mod in zip('GD', modules):
             prefix = os.path.join(self.folder, f'{self.s.dataset}_{net}_{stamp}')
-            executor = mod._exec_group.execs[0]  # of the first device
-            params = {name: executor.arg_dict[name] for name in mod._param_names}
+            params = [{name: mx.nd.array(arrays[name][0]) for name in names}
+                      for names in (mod._param_names, mod._aux_names)]
             with written_whole(prefix, '-symbol.json', f'-{self.epoch:04d}.params') as temporary:
-                mx.model.save_checkpoint(temporary, self.epoch, mod.symbol, params, executor.aux_dict)
+                mx.model.save_checkpoint(temporary, self.epoch, mod.symbol, *params)
                 mx.model.load_checkpoint(temporary, self.epoch)  # MXNet does not notice every full disk
 
 

@@ -356,30 +356,29 @@ def test_pictures_at_most_once_a_second(tiny, clock, monkeypatch):
         assert [when for other, when in shown if other == title] == times
 
 
-def test_gout_at_the_end_of_an_epoch_is_of_its_last_step(tiny, monkeypatch):
-    """Also where the film has a frame of that iteration, for which G draws other latents."""
-    step, fakes = dcgan.train_step, []
+def watch_steps(monkeypatch, look):
+    """The list in which, step by step, what `look` makes of what `train_step` returns will be."""
+    step, seen = dcgan.train_step, []
 
-    def recorded(*args):
+    def watched(*args):
         found = step(*args)
-        fakes.append(found[0].asnumpy())
+        seen.append(look(*found))
         return found
 
-    monkeypatch.setattr(dcgan, 'train_step', recorded)
+    monkeypatch.setattr(dcgan, 'train_step', watched)
+    return seen
+
+
+def test_gout_at_the_end_of_an_epoch_is_of_its_last_step(tiny, monkeypatch):
+    """Also where the film has a frame of that iteration, for which G draws other latents."""
+    fakes = watch_steps(monkeypatch, lambda fakes, diff, answers: fakes.asnumpy())
     s = tiny(batch_size=30)  # 50 iterations
     dcgan.train(s)
     assert np.array_equal(cv2.imread(f'{s.out}/latest/gout.png'), visual.tile(fakes[-1]))
 
 
 def test_the_monitor_prints_the_layers_and_diff(tiny, capsys, monkeypatch):
-    step, sizes = dcgan.train_step, []
-
-    def recorded(*args):
-        found = step(*args)
-        sizes.append(float(np.sqrt((found[1].asnumpy() ** 2).mean())))
-        return found
-
-    monkeypatch.setattr(dcgan, 'train_step', recorded)
+    sizes = watch_steps(monkeypatch, lambda fakes, diff, answers: float(np.sqrt((diff.asnumpy() ** 2).mean())))
     dcgan.train(tiny(batch_size=750, monitor=1))
     found = re.findall(r'^Batch: +(\d) +(\S+) +(\S+)', capsys.readouterr().out, re.M)
     names = {name for _, name, _ in found}
