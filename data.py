@@ -37,6 +37,7 @@ try:
     import cv2
     import joblib
     import numpy as np
+    import sklearn  # noqa: F401  nothing needs it before the end of an epoch; that would be late to miss it
     true_getattr = np.__getattr__
 
     def getattr_for_mxnet(name):

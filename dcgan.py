@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 
 import data  # before MXNet, which it prepares
 
@@ -74,6 +75,10 @@ class Settings:
     display: bool = True           # windows where there is a screen; pictures in the run's folder in any case
     monitor: int = 0               # print the networks' inner statistics every n batches
     plot: bool = False             # draw the networks as pictures, where graphviz's `dot` is installed
+
+
+SAME_NETWORKS = ['dataset', 'ngf', 'ndf', 'nc', 'Z', 'conditional']  # what a state needs to be of any use
+SAME_RUN = ['batch_size', 'lr', 'beta1', 'seed']                     # and to go on as if nobody had stopped it
 
 
 # ---------------------------------------------------------------- checking them
@@ -635,10 +640,10 @@ def restore(s, modules, about, arrays, workers):
     Raises ValueError where the state is of other networks or data; what else has changed is said.
     """
     was, now = about['settings'], dict(vars(s), workers=workers)
-    for name in ('dataset', 'ngf', 'ndf', 'nc', 'Z', 'conditional'):
+    for name in SAME_NETWORKS:
         if was[name] != now[name]:
             raise ValueError(f'{about["path"]}: trained with {name} = {was[name]!r}, now it is {now[name]!r}')
-    for name in ('batch_size', 'lr', 'beta1', 'seed', 'workers'):
+    for name in (*SAME_RUN, 'workers'):
         if was[name] != now[name]:
             print(f'WARNING: {name} was {was[name]!r} and is {now[name]}: it goes on, but is not the same run')
     for name, copies in device_arrays(modules).items():
@@ -727,7 +732,8 @@ ALONE = 60  # seconds to wait for the other processes at the start and at the en
 class Cluster:
     """The processes of a run: this one alone, or with `kvstore = 'dist_sync'` those that the DMLC_ variables name.
 
-    In a scheduler and in a server this does not return. Raises ValueError where a variable is wrong.
+    In a scheduler and in a server this does not return. Raises ValueError where a variable is wrong, or where the
+    workers' settings would give them different weights: MXNet does not hand the first worker's to the others.
     """
 
     kv, rank, workers = None, 0, 1  # `kv`: MXNet's key-value store
@@ -752,6 +758,9 @@ class Cluster:
             sys.exit()
         self.kv.init('vote', mx.nd.zeros(2))
         self.rank, self.workers = self.kv.rank, self.kv.num_workers
+        mark = zlib.crc32(repr([vars(s)[name] for name in SAME_NETWORKS + SAME_RUN]).encode())
+        if not self.agree(mark, mark >> 16):
+            raise ValueError('the workers have different settings: start the same dcgan.py everywhere')
 
     def watch(self):
         """End this process when another one dies: the scheduler hears every heartbeat, the others the scheduler's."""
@@ -777,19 +786,21 @@ class Cluster:
         self.kv.pull('vote', out=total)
         return total.asnumpy().astype(int)
 
+    def agree(self, *numbers):
+        """Whether all workers have the same two numbers; the last 16 bits are compared, for votes are float32."""
+        mine = [int(number) % 2 ** 16 for number in numbers]
+        return list(self.vote(*mine)) == [number * self.workers for number in mine]
+
     def agreed_state(self, path):
         """What `find_state` returns. Raises ValueError where the workers do not all find the same state."""
         if not self.kv:
             return find_state(path)
-        try:
-            state = find_state(path)
-            mark = [int(state[0][name]) % 2 ** 16 for name in ('num_update', 'seconds')]  # votes are float32
-        except ValueError:
-            mark = [-1, -1]
-        votes = list(self.vote(*mark))  # also where this worker found none: the others wait for its vote
-        if mark[0] < 0 or votes != [n * self.workers for n in mark]:
+        about, arrays = dict(num_update=-1, seconds=-1), None
+        with contextlib.suppress(ValueError):  # a worker that finds none votes, too: the others wait for it
+            about, arrays = find_state(path)
+        if not self.agree(about['num_update'], about['seconds']) or not arrays:
             raise ValueError(f'{path}: not all workers find the same state; out must be one folder for all of them')
-        return state
+        return about, arrays
 
     def leave(self):
         """Leave together with the other workers; MXNet aborts where it is left to Python's own end."""

@@ -160,6 +160,23 @@ if dcgan.os.environ['DMLC_ROLE'] == 'worker':
         assert process.returncode == 1 and 'out must be one folder for all' in err and err.count('\n') == 1, err
 
 
+def test_workers_with_different_settings(cluster, tmp_path):
+    """Each would train weights of its own, and nobody would notice."""
+    outputs = finish(processes := cluster(before=f"""
+train = dcgan.train
+def train_with_another_seed(s):
+    try:
+        open({str(tmp_path / 'first')!r}, 'x')
+    except FileExistsError:
+        s.seed = 4
+    train(s)
+if dcgan.os.environ['DMLC_ROLE'] == 'worker':
+    dcgan.train = train_with_another_seed
+"""))
+    for process, (_, err) in list(zip(processes, outputs))[2:]:
+        assert process.returncode == 1 and 'the workers have different settings' in err and err.count('\n') == 1, err
+
+
 def test_several_gpus_in_a_worker(monkeypatch):
     monkeypatch.setattr(data, 'ROLE', 'worker')
     for name in ('DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER', 'DMLC_PS_ROOT_URI'):

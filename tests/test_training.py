@@ -630,7 +630,7 @@ def library(name, module='mxnet', kind='OSError'):
 
 @pytest.mark.parametrize('fake, words', [
     *((f"sys.modules['{name}'] = None", [name, 'pip install', 'tests/requirements.txt'])
-      for name in ('mxnet', 'joblib', 'numpy', 'cv2')),
+      for name in ('mxnet', 'joblib', 'numpy', 'cv2', 'sklearn')),
     (failing('mxnet', 'ModuleNotFoundError("No module named \'requests\'", name="requests")'),
      ['requests', 'pip install', 'tests/requirements.txt']),
     ('sys.version_info = (3, 7, 17)', ['Python 3.8']),
@@ -644,8 +644,8 @@ def library(name, module='mxnet', kind='OSError'):
     (library('libcuda.so.1'), ['libcuda.so.1', 'driver', 'tests/requirements.txt']),
     (library('libcudart.so.11.0'), ['libcudart.so.11.0', 'pip install', '-r requirements.txt']),
     (library('libcudnn.so.8'), ['libcudnn.so.8', 'pip install', '-r requirements.txt']),
-], ids=['mxnet', 'joblib', 'numpy', 'cv2', 'requests', 'Python 3.7', 'Windows', 'libgomp', 'libquadmath', 'libGL',
-        'libgthread', 'libglib', 'libz', 'no driver', 'CUDA', 'cuDNN'])
+], ids=['mxnet', 'joblib', 'numpy', 'cv2', 'sklearn', 'requests', 'Python 3.7', 'Windows', 'libgomp', 'libquadmath',
+        'libGL', 'libgthread', 'libglib', 'libz', 'no driver', 'CUDA', 'cuDNN'])
 def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(fake, words):
     done = imports(fake)
     assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
