@@ -37,7 +37,7 @@ try:
     import cv2
     import joblib
     import numpy as np
-    import sklearn  # noqa: F401  nothing needs it before the end of an epoch; that would be late to miss it
+    import sklearn  # noqa: F401  MXNet loads it if it is there; it should be missed here, not at the end of an epoch
     true_getattr = np.__getattr__
 
     def getattr_for_mxnet(name):

@@ -77,8 +77,9 @@ class Settings:
     plot: bool = False             # draw the networks as pictures, where graphviz's `dot` is installed
 
 
-SAME_NETWORKS = ['dataset', 'ngf', 'ndf', 'nc', 'Z', 'conditional']  # what a state needs to be of any use
-SAME_RUN = ['batch_size', 'lr', 'beta1', 'seed']                     # and to go on as if nobody had stopped it
+# settings that have to be the same where a run goes on from a state, and in all workers of a cluster
+SAME_NETWORKS = ['dataset', 'ngf', 'ndf', 'nc', 'Z', 'conditional']  # else the weights do not fit
+SAME_RUN = ['batch_size', 'lr', 'beta1', 'seed']                     # else it goes on as another run
 
 
 # ---------------------------------------------------------------- checking them

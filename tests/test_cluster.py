@@ -89,6 +89,11 @@ def wait_for_checkpoint(processes, tmp_path):
         assert all(process.poll() is None for process in processes), finish(processes)
 
 
+def workers_end_with(message, processes):
+    for process, (_, err) in list(zip(processes, finish(processes)))[2:]:
+        assert process.returncode == 1 and message in err and err.count('\n') == 1, err
+
+
 def test_two_workers(cluster, tmp_path):
     processes = cluster(before=RECORD, epochs=2)
     outputs = finish(processes)
@@ -154,27 +159,15 @@ if dcgan.os.environ['DMLC_ROLE'] == 'worker':
         return find(path)
     dcgan.find_state = found
 """
-    processes = cluster(before=code, resume='latest', epochs=2)
-    outputs = finish(processes)
-    for process, (_, err) in list(zip(processes, outputs))[2:]:
-        assert process.returncode == 1 and 'out must be one folder for all' in err and err.count('\n') == 1, err
+    workers_end_with('out must be one folder for all', cluster(before=code, resume='latest', epochs=2))
 
 
-def test_workers_with_different_settings(cluster, tmp_path):
+def test_workers_with_different_settings(cluster):
     """Each would train weights of its own, and nobody would notice."""
-    outputs = finish(processes := cluster(before=f"""
+    workers_end_with('the workers have different settings', cluster(before="""
 train = dcgan.train
-def train_with_another_seed(s):
-    try:
-        open({str(tmp_path / 'first')!r}, 'x')
-    except FileExistsError:
-        s.seed = 4
-    train(s)
-if dcgan.os.environ['DMLC_ROLE'] == 'worker':
-    dcgan.train = train_with_another_seed
+dcgan.train = lambda s: train(dcgan.dataclasses.replace(s, seed=dcgan.os.getpid()))
 """))
-    for process, (_, err) in list(zip(processes, outputs))[2:]:
-        assert process.returncode == 1 and 'the workers have different settings' in err and err.count('\n') == 1, err
 
 
 def test_several_gpus_in_a_worker(monkeypatch):
