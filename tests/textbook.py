@@ -13,13 +13,14 @@ import numpy as np
 import dcgan
 
 
-def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epochs=1, parts=1):
-    """Train for epochs of so many steps on float images X (n, nc, 64, 64).
+def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epochs=1, parts=1,
+          d1_bias=False, pos_label=1., head_start=0):
+    """Train for epochs of so many steps on float images X (n, nc, 64, 64). The last three: the published script's.
 
     Returns {name: array}, the parameters and (the first part's) moving averages of both networks, and for each step
     the metrics' (facc, fentropy of G, of D).
     """
-    gout, dloss = dcgan.make_dcgan_sym(ngf, ndf, nc)
+    gout, dloss = dcgan.make_dcgan_sym(ngf, ndf, nc, d1_bias=d1_bias)
     size = batch_size // parts
     mx.random.seed(seed)
     modsG, modsD = [], []
@@ -46,7 +47,7 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
             mod.backward()
         mx.nd.waitall()
         pred = np.concatenate([mod.get_outputs()[0].asnumpy() for mod in modsD])
-        labels = np.full(batch_size, float(label))
+        labels = np.full(batch_size, float(label > 0))
         return dcgan.facc(labels, pred), dcgan.fentropy(labels, pred)
 
     def gradients(mod):
@@ -65,6 +66,8 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
     for epoch, t in itertools.product(range(epochs), range(steps)):
         if t == 0:
             mx.random.seed(seed + 1 + epoch)
+        for mod in modsG + modsD:
+            mod._optimizer.set_learning_rate(0.001 if epoch * steps + t < head_start else lr)
         latent = mx.random.normal(0, 1.0, shape=(batch_size, Z, 1, 1))
         real = mx.nd.array(X[t * batch_size:(t + 1) * batch_size])
         # 1
@@ -76,7 +79,7 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
         facc_fake, entropy_fake = discriminate(fakes, 0)
         kept = [[grad.copy() for grad in gradients(mod)] for mod in modsD]
         # 4
-        facc_real, entropy_real = discriminate(split(real), 1)
+        facc_real, entropy_real = discriminate(split(real), pos_label)
         # 5
         for mod, others in zip(modsD, kept):
             for grad, other in zip(gradients(mod), others):
