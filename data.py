@@ -446,7 +446,7 @@ class Coverage:
         classes = probability.argmax(axis=1)
         shares, real = (np.bincount(labels, minlength=num_classes) / len(labels) for labels in (classes, self.y))
         row = {f'share_{name}': share for name, share in zip(self.class_names, shares)}
-        row.update(digits=int((shares >= real / 10).sum()), confidence=probability.max(axis=1).mean(),
+        row.update(digits=int((shares >= real / 10).sum()), confidence=float(probability.max(axis=1).mean()),
                    kl=entropy(shares, real), median=median)
         if asked is not None:
             right = classes == asked
