@@ -1,4 +1,4 @@
-"""Which digits there are: the coverage metric, the conditional networks, and images out of a checkpoint."""
+"""Which digits there are: the line of an epoch, the conditional networks, and images out of a checkpoint."""
 import csv
 import glob
 import os
@@ -8,48 +8,11 @@ import data
 import cv2
 import numpy as np
 import pytest
-from conftest import REAL_MNIST, needs_mnist
 
 import dcgan
 import visual
 
 mx = dcgan.mx
-
-
-# ---------------------------------------------------------------- coverage
-
-@pytest.mark.parametrize('source', [
-    data.get_digits, pytest.param(lambda **kw: data.get_mnist(REAL_MNIST, **kw), id='mnist', marks=needs_mnist)])
-def test_the_classifier_knows_the_real_digits(source):
-    X, held_out, y, expected = source(labels=True)
-    found = data.Coverage(X, y).classify(held_out).argmax(axis=1)
-    assert (found == expected).mean() >= 0.97
-
-
-def coverage_of(digits, confidence=0.9):
-    """Coverage whose classifier reads the digit from an image's first pixel."""
-    coverage = data.Coverage(None, np.arange(10))
-    coverage.classify = lambda X: np.where(np.arange(10) == np.rint(X[:, 0, 0, :1]), confidence, (1 - confidence) / 9)
-    return coverage, np.asarray(digits).reshape(-1, 1, 1, 1) / 127.5 - 1
-
-
-def test_coverage_by_hand():
-    coverage, images = coverage_of([0] * 500 + [1] * 491 + [2] * 9)
-    row = coverage.count(images)
-    shares = np.array([0.5, 0.491, 0.009])
-    assert [row[f'share_{digit}'] for digit in range(4)] == [0.5, 0.491, 0.009, 0]
-    assert row['digits'] == 2  # 0.9 % is not there
-    assert np.isclose(row['confidence'], 0.9) and np.isclose(row['kl'], (shares * np.log(shares / 0.1)).sum())
-    assert 'asked' not in row
-    assert coverage.count(images[:10])['share_0'] == 1
-
-
-def test_coverage_of_digits_asked_for():
-    coverage, images = coverage_of(np.arange(100) % 10)
-    asked = np.arange(100) % 10
-    asked[[0, 10]] = 5  # two zeros where fives were asked for
-    row = coverage.count(images, asked)
-    assert np.isclose(row['asked'], 0.98) and np.isclose(row['asked_worst'], 10 / 12)
 
 
 @pytest.mark.parametrize('conditional', [False, True])
