@@ -134,12 +134,12 @@ def check_capability(device_id):
 
 
 def memory_needed(s):
-    """Bytes that training takes on each device, about: MXNet itself, the layers as it plans them, and parameters."""
-    per_image = 5248 * s.ngf + 5760 * s.ndf + 8 * 64 * 64 * s.nc  # outputs and gradients of G and D, images
-    per_image += 2048 * s.ngf * (s.average > 0)                   # of the G that draws the averages
+    """Bytes that training takes on a device, about: MXNet itself, the layers as MXNet plans them, the parameters."""
+    layers = 5248 * s.ngf + 5760 * s.ndf + 8 * 64 * 64 * s.nc  # an image's outputs and gradients in G and D, images
+    layers = layers * s.batch_size / len(s.ctx) + 2048 * s.ngf * s.batch_size  # and in the G that draws the averages
     parameters = 16 * (8 * s.Z * s.ngf + 42 * s.ngf ** 2 + 42 * s.ndf ** 2)
     # five of each: the parameter, its gradient, Adam's two moments, and D's kept gradient or G's average
-    return 0.7e9 + 4 * per_image * s.batch_size / len(s.ctx) + 4 * 5 * parameters
+    return 0.7e9 + 4 * layers + 4 * 5 * parameters
 
 
 def check_devices(s):

@@ -278,8 +278,7 @@ def test_libraries_of_cuda_12_beside_mxnet_are_left_alone(stub, tmp_path):
 
 def settings(**changes):
     """What the check of the devices looks at, with the defaults."""
-    return types.SimpleNamespace(**{**dict(ctx=(mx.gpu(0),), batch_size=64, ngf=64, ndf=64, nc=3, Z=100, average=0.99),
-                                    **changes})
+    return types.SimpleNamespace(**{**dict(ctx=(mx.gpu(0),), batch_size=64, ngf=64, ndf=64, nc=3, Z=100), **changes})
 
 
 def test_a_gpu_build_that_sees_no_gpu_says_so(capsys, monkeypatch):
@@ -348,25 +347,28 @@ def test_a_gpu_that_is_full(monkeypatch):
     assert used == [mx.gpu(1), mx.cpu()]
 
 
-def planned(ngf, ndf, nc, batch_size, training):
-    """Bytes that MXNet plans for G and D in training, or for G in inference."""
+def planned(ngf, ndf, nc, batch_size):
+    """Bytes that MXNet plans for the layers: of G and D in training, and of G in inference."""
     gout, dloss = dcgan.make_dcgan_sym(ngf, ndf, nc)
-    modG = mx.mod.Module(gout, data_names=('rand',), label_names=None)
-    modG.bind([('rand', (batch_size, 100, 1, 1))], for_training=training)
-    modD = mx.mod.Module(dloss, label_names=('label',))
+    modG, mean, modD = (mx.mod.Module(symbol, data_names=(name,), label_names=labels) for symbol, name, labels in (
+        (gout, 'rand', None), (gout, 'rand', None), (dloss, 'data', ['label'])))
+    modG.bind([('rand', (batch_size, 100, 1, 1))])
     modD.bind([('data', (batch_size, nc, 64, 64))], [('label', (batch_size,))])
-    return 2 ** 20 * (modG._total_exec_bytes + training * modD._total_exec_bytes)  # in spite of its name
+    mean.bind([('rand', (batch_size, 100, 1, 1))], for_training=False)
+    # in MiB, in spite of their name
+    return 2 ** 20 * (modG._total_exec_bytes + modD._total_exec_bytes), 2 ** 20 * mean._total_exec_bytes
 
 
 @pytest.mark.parametrize('ngf, ndf, nc, batch_size', [
     (64, 64, 3, 64), (64, 64, 1, 128), (128, 32, 3, 32), (16, 16, 1, 256), (16, 64, 3, 100)])
 def test_the_memory_estimate_against_mxnets_plan(ngf, ndf, nc, batch_size):
     def layers(**changes):
-        s = settings(ngf=ngf, ndf=ndf, nc=nc, batch_size=batch_size, **changes)
-        return data.memory_needed(s) - data.memory_needed(types.SimpleNamespace(**{**vars(s), 'batch_size': 0}))
+        s = dict(ngf=ngf, ndf=ndf, nc=nc, batch_size=batch_size, **changes)
+        return data.memory_needed(settings(**s)) - data.memory_needed(settings(**{**s, 'batch_size': 0}))
 
-    plan, plan_mean = (planned(ngf, ndf, nc, batch_size, training) for training in (True, False))
-    # images are wanted for more than what the plan is about, which matters where the networks are narrow
-    assert plan < layers(average=0) < 1.2 * plan + 4 * batch_size * 8 * 64 * 64 * nc
-    assert 0.9 * plan_mean < layers() - layers(average=0) < 1.1 * plan_mean + 2 ** 20
-    assert layers(ctx=(mx.gpu(0), mx.gpu(1))) == layers() / 2
+    training, drawing = planned(ngf, ndf, nc, batch_size)
+    # images are also wanted outside that plan, which matters where the networks are narrow
+    assert 1 < layers() / (training + drawing) < 1.2 + 4 * batch_size * 8 * 64 * 64 * nc / training
+    # of two devices each has half a batch, but the first draws
+    one, two = layers(), layers(ctx=(mx.gpu(0), mx.gpu(1)))
+    assert 0.9 * drawing < 2 * two - one < 1.1 * drawing + 2 ** 20
