@@ -7,6 +7,7 @@ import ctypes
 import functools
 import glob
 import gzip
+import importlib.util
 import math
 import os
 import socket
@@ -24,13 +25,30 @@ if sys.platform == 'win32' or sys.version_info < (3, 8):  # noqa: UP036  an olde
     sys.exit('dcgan.py: needs Python 3.8 or newer, and on Windows WSL 2, which is Linux: MXNet has no other package')
 PACKAGES = 'pip install --no-deps -r requirements.txt (NVIDIA GPU) or tests/requirements.txt (any other machine)'
 CUDA = ('libcudart.so.11.0', 'libnvrtc.so.11.2', 'libcublasLt.so.11', 'libcublas.so.11', 'libcufft.so.10',
-        'libcurand.so.10', 'libcusolver.so.11', 'libcudnn.so.8', 'libnccl.so.2', 'libnvToolsExt.so.1')
+        'libcurand.so.10', 'libcusolver.so.11',
+        # libcudnn.so.8 opens these four later by their names alone, and would take another cuDNN's
+        'libcudnn_ops_infer.so.8', 'libcudnn_ops_train.so.8', 'libcudnn_cnn_infer.so.8', 'libcudnn_cnn_train.so.8',
+        'libcudnn.so.8', 'libnccl.so.2', 'libnvToolsExt.so.1')
 MODULES = ('cv2', 'distutils', 'graphviz', 'joblib', 'mxnet', 'numpy', 'requests', 'scipy', 'sklearn')
 CURES = {**dict.fromkeys(CUDA + MODULES, PACKAGES), 'libz.so.1': 'apt-get install zlib1g',
          'libcuda.so.1': f'there is no NVIDIA driver; install it, or {PACKAGES}',
          'libgomp.so.1': 'apt-get install libgomp1', 'libquadmath.so.0': 'apt-get install libquadmath0',
          'libgthread-2.0.so.0': 'apt-get install libglib2.0-0', 'libglib-2.0.so.0': 'apt-get install libglib2.0-0',
          'libGL.so.1': 'apt-get install libgl1, or pip install opencv-python-headless, which has no windows'}
+
+
+def address_of(host):
+    """The scheduler's IPv4 address, which is all that MXNet's parameter server understands."""
+    try:
+        address = socket.gethostbyname(host)
+    except (OSError, UnicodeError):
+        sys.exit(f"dcgan.py: DMLC_PS_ROOT_URI={host}: this name has no IPv4 address here; set the scheduler's address")
+    if address.startswith('127.') and host not in ('localhost', address):
+        print(f'WARNING: DMLC_PS_ROOT_URI={host} is {address} here, which other machines cannot reach; for these set '
+              "what `hostname -I` prints on the scheduler's machine", flush=True)
+    return address
+
+
 try:
     import cv2
     import joblib
@@ -54,17 +72,23 @@ try:
     os.environ.setdefault('MXNET_USE_FUSION', '0')          # a driver older than CUDA 11.8's cannot load what it makes
     os.environ.setdefault('MXNET_CUDNN_LIB_CHECKING', '0')  # no warning that cuDNN is newer than the build's
     os.environ.setdefault('CUDA_MODULE_LOADING', 'LAZY')    # kernels at their first use: less memory, a faster start
+    os.environ.setdefault('MXNET_GPU_MEM_POOL_RESERVE', '1')  # per cent: where less is free MXNet empties its pool
     os.environ['MXNET_UPDATE_ON_KVSTORE'] = '0'             # Adam's state of several devices stays here, to be saved
-    for name in CUDA:  # PyPI's packages put it where the loader does not look
-        for folder in sys.path:
-            for path in glob.glob(f'{glob.escape(folder)}/nvidia/*/lib/{name}'):
-                ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+    # PyPI's packages put CUDA 11 where the loader does not look: beside MXNet. What lies elsewhere on sys.path, or
+    # there without CUDA 11's runtime, may be of CUDA 12, which has some files of the same names
+    origin = getattr(importlib.util.find_spec('mxnet'), 'origin', None) or ''
+    folder = glob.escape(os.path.dirname(os.path.dirname(origin)))
+    for name in CUDA if glob.glob(f'{folder}/nvidia/*/lib/libcudart.so.11.0') else ():
+        for path in glob.glob(f'{folder}/nvidia/*/lib/{name}'):
+            ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
     # in a scheduler or server `import mxnet` would serve and never return; dcgan.Cluster does that, and watches
     ROLE = os.environ.pop('DMLC_ROLE', None)
     with unittest.mock.patch.object(np, '__getattr__', getattr_for_mxnet):
         import mxnet as mx
     if ROLE:
         os.environ['DMLC_ROLE'] = ROLE
+        if os.environ.get('DMLC_PS_ROOT_URI'):
+            os.environ['DMLC_PS_ROOT_URI'] = address_of(os.environ['DMLC_PS_ROOT_URI'])
     GPU_BUILD = mx.runtime.Features().is_enabled('CUDA')
 except (ImportError, OSError) as error:
     missing = error.name if isinstance(error, ModuleNotFoundError) else str(error).split(':')[0]
@@ -80,33 +104,56 @@ def last_line(error):
 
 def default_ctx():
     """GPU 0 where there is a GPU, else the CPU; a GPU build of MXNet that finds no GPU says so."""
-    reason = 'a driver older than CUDA 11.2, CUDA_VISIBLE_DEVICES, or a container without --gpus all'
+    reason = 'a driver older than CUDA 11.0 (R450), CUDA_VISIBLE_DEVICES, or a container without --gpus all'
+    if ROLE in ('scheduler', 'server'):  # these two do not compute
+        return mx.cpu()
     try:
-        if ROLE not in ('scheduler', 'server') and mx.context.num_gpus():  # these two do not compute
+        if mx.context.num_gpus():
             return mx.gpu(0)
     except mx.MXNetError as error:
         reason = last_line(error)
-    if GPU_BUILD and ROLE not in ('scheduler', 'server'):
+    if GPU_BUILD:
         print(f'WARNING: MXNet sees no GPU (usual reasons: {reason}); training on the CPU', flush=True)
     return mx.cpu()
 
 
+def check_capability(device_id):
+    """Raise ValueError where MXNet has no code for a GPU. CUDA knows; MXNet's first operator might end the process."""
+    cudart = ctypes.CDLL('libcudart.so.11.0')  # the one that MXNet has loaded
+    cudart.cudaGetErrorString.restype = ctypes.c_char_p
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    for number, attribute in (major, 75), (minor, 76):  # cudaDevAttrComputeCapabilityMajor, ...Minor
+        status = cudart.cudaDeviceGetAttribute(ctypes.byref(number), attribute, device_id)
+        if status:
+            raise ValueError(cudart.cudaGetErrorString(status).decode())
+    if not 5 <= major.value <= 8:
+        raise ValueError(f'has compute capability {major.value}.{minor.value}, and mxnet-cu112 has code for 5.0 to '
+                         '8.9 only, Maxwell to Ada')
+
+
+def memory_needed(s):
+    """Bytes that training takes on a device, about: MXNet itself, the layers as MXNet plans them, the parameters."""
+    layers = 5248 * s.ngf + 5760 * s.ndf + 8 * 64 * 64 * s.nc  # an image's outputs and gradients in G and D, images
+    layers = layers * s.batch_size / len(s.ctx) + 2048 * s.ngf * s.batch_size  # and in the G that draws the averages
+    parameters = 16 * (8 * s.Z * s.ngf + 42 * s.ngf ** 2 + 42 * s.ndf ** 2)
+    # five of each: the parameter, its gradient, Adam's two moments, and D's kept gradient or G's average
+    return 0.7e9 + 4 * layers + 4 * 5 * parameters
+
+
 def check_devices(s):
     """Raise ValueError where a device cannot be used: MXNet finds out late and says it at length, or dies of it."""
-    # bytes, about: MXNet itself; the layers' outputs and their gradients; weights, gradients, Adam's moments, a copy
-    needed = (0.7e9 + 8 * s.batch_size / len(s.ctx) * (5760 * s.ngf + 4736 * s.ndf)
-              + 20 * 16 * (8 * s.Z * s.ngf + 42 * s.ngf ** 2 + 42 * s.ndf ** 2))
     for ctx in s.ctx:
         try:
-            free = mx.context.gpu_memory_info(ctx.device_id)[0] if ctx.device_type == 'gpu' else math.inf
-            if free < needed:
-                raise ValueError(f'{free / 1e9:.1f} GB of its memory are free, about {needed / 1e9:.1f} GB are needed')
+            if ctx.device_type == 'gpu':
+                if GPU_BUILD:
+                    check_capability(ctx.device_id)
+                free, needed = mx.context.gpu_memory_info(ctx.device_id)[0], memory_needed(s)
+                if free < needed:
+                    raise ValueError(f'{free / 1e9:.1f} GB of its memory are free, about {needed / 1e9:.1f} GB are '
+                                     'needed (CUDA_VISIBLE_DEVICES=1 python dcgan.py takes the second GPU alone)')
             mx.nd.ones(1, ctx).asnumpy()
-        except (ValueError, mx.MXNetError) as error:
-            problem = last_line(error)
-            if 'no kernel image' in problem:
-                problem += '; mxnet-cu112 has code for compute capability 5.0 to 8.9 only, Maxwell to Ada'
-            raise ValueError(f'ctx = {ctx}: {problem}; set ctx to mx.cpu() or to another GPU') from None
+        except (ValueError, OSError, mx.MXNetError) as error:
+            raise ValueError(f'ctx = {ctx}: {last_line(error)}; set ctx to mx.cpu() or to another GPU') from None
 
 
 # ---------------------------------------------------------------- MNIST and digits

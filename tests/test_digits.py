@@ -56,14 +56,6 @@ def test_what_a_conditional_d_is_shown(tiny, monkeypatch):
     assert np.array_equal(gradient, modules[2].get_input_grads()[0].asnumpy()[:, :3])
 
 
-def test_a_digit_a_column():
-    digits = np.array([3, 3, 0, 9, 3])
-    X = np.arange(1, 6, dtype=np.float32).reshape(5, 1, 1, 1)
-    assert visual.by_digit(X, digits).ravel().tolist() == [3, -1, -1, 1, -1, -1, -1, -1, -1, 4]
-    X, digits = np.arange(12, dtype=np.float32).reshape(12, 1, 1, 1), np.array([0] * 3 + [1] * 9)
-    assert visual.by_digit(X, digits).ravel().tolist()[::10] == [0, 1] and visual.by_digit(X, digits)[11] == 4
-
-
 # ---------------------------------------------------------------- images out of a checkpoint
 
 def samples(s, **changes):

@@ -5,7 +5,6 @@ import io
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 
@@ -16,7 +15,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 import textbook
-from conftest import ROOT, final_params, same_bits
+from conftest import final_params, same_bits
 
 import dcgan
 import visual
@@ -488,39 +487,6 @@ def test_errors_are_one_line(tiny, capsys, changes, words):
     assert 'epoch:' not in capsys.readouterr().out
 
 
-def test_a_gpu_that_the_wheel_has_no_code_for(tiny, monkeypatch):
-    def ones(*args):
-        raise mx.MXNetError('[bt] (0) libmxnet.so\nCUDA: Check failed: e == cudaSuccess: no kernel image is available')
-
-    s = tiny()
-    dcgan.train(s)
-    monkeypatch.setattr(mx.nd, 'ones', ones)
-    for changes in {}, dict(resume='latest', sample=3):
-        with pytest.raises(SystemExit, match=r'^dcgan.py: ctx = cpu\(0\): .*no kernel image.* 5.0 to 8.9 .*mx.cpu\(\)'):
-            dcgan.train(dcgan.dataclasses.replace(s, **changes))
-
-
-def test_a_gpu_that_is_full(tiny, monkeypatch):
-    """MXNet would end the process; so its memory is looked at first. The defaults need more than 0.1 GB."""
-    used, ones = [], mx.nd.ones
-    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 1)
-    monkeypatch.setattr(mx.context, 'gpu_memory_info', lambda device_id=0: (10 ** 8, 8 * 10 ** 9))
-    monkeypatch.setattr(mx.nd, 'ones', lambda shape, ctx=None: used.append(ctx) or ones(shape))
-    with pytest.raises(SystemExit) as caught:
-        dcgan.train(dcgan.Settings(dataset='digits', ctx=mx.gpu(0), out=tiny().out))
-    needed = re.fullmatch(r'dcgan\.py: ctx = gpu\(0\): 0\.1 GB .* free, .* (\d+\.\d) GB .* needed; .*mx\.cpu\(\).*',
-                          caught.value.code)
-    assert 0.5 < float(needed[1]) < 4 and mx.gpu(0) not in used
-    # what is asked for grows with the networks and the batch, and room enough is enough
-    s = dcgan.Settings(ngf=256, ndf=256, batch_size=256, ctx=[mx.gpu(0)])
-    with pytest.raises(ValueError) as larger:
-        data.check_devices(s)
-    assert float(re.search(r'([\d.]+) GB are needed', str(larger.value))[1]) > 4 * float(needed[1])
-    monkeypatch.setattr(mx.context, 'gpu_memory_info', lambda device_id=0: (8 * 10 ** 9, 8 * 10 ** 9))
-    data.check_devices(dcgan.Settings(ctx=[mx.gpu(0)]))
-    assert used[-1] == mx.gpu(0)
-
-
 def test_out_may_be_a_path(tiny, tmp_path):
     dcgan.train(tiny(out=tmp_path / 'a path'))
     about, _ = dcgan.find_state(str(tmp_path / 'a path' / 'latest'))
@@ -541,184 +507,3 @@ def test_no_fallback_no_training(child, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.count('\n') == 1 and 'mnist_path' in err
     assert not (tmp_path / 'out').exists()
-
-
-# ---------------------------------------------------------------- the GPU that is not here
-
-def test_a_gpu_build_that_sees_no_gpu_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(data, 'ROLE', None)
-    monkeypatch.setattr(data, 'GPU_BUILD', True)
-    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 0)
-    assert data.default_ctx() == mx.cpu()
-    said = capsys.readouterr().out
-    assert said.startswith('WARNING') and said.count('\n') == 1
-    assert all(word in said for word in ('driver', 'CUDA_VISIBLE_DEVICES', '--gpus all', 'CPU'))
-
-    def num_gpus():
-        raise mx.MXNetError('[bt] (0) libmxnet.so\nCUDA: invalid device')
-
-    monkeypatch.setattr(mx.context, 'num_gpus', num_gpus)
-    assert data.default_ctx() == mx.cpu()
-    said = capsys.readouterr().out
-    assert said.startswith('WARNING') and said.count('\n') == 1 and 'invalid device' in said
-    monkeypatch.setattr(data, 'GPU_BUILD', False)
-    assert data.default_ctx() == mx.cpu() and capsys.readouterr().out == ''
-    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 2)
-    assert data.default_ctx() == mx.gpu(0) and capsys.readouterr().out == ''
-
-
-@pytest.mark.parametrize('role', ['scheduler', 'server'])
-def test_a_scheduler_and_a_server_ask_for_no_device(role):
-    code = '''if True:
-        import data
-        def touched(*args):
-            raise SystemExit('touched')
-        data.mx.context.num_gpus = data.mx.nd.ones = touched
-        data.GPU_BUILD = True
-        assert data.default_ctx() == data.mx.cpu()
-        import dcgan
-        assert dcgan.Settings().ctx == data.mx.cpu()'''
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=60,
-                          env={**os.environ, 'DMLC_ROLE': role})
-    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
-
-
-ENVIRONMENT = {'MXNET_USE_FUSION': '0', 'MXNET_CUDNN_LIB_CHECKING': '0', 'CUDA_MODULE_LOADING': 'LAZY'}
-
-
-def environment(names, **more):
-    """What these variables are in a process that has imported `data`, and in MXNet's own eyes."""
-    code = f'import data, os, ctypes; print([os.environ.get(name) for name in {list(names)}])'
-    env = {name: value for name, value in os.environ.items() if name not in names}
-    return eval(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True,
-                               env={**env, **more}, timeout=60).stdout)
-
-
-def test_the_environment_of_a_gpu_unless_a_person_has_set_it():
-    assert environment(ENVIRONMENT) == list(ENVIRONMENT.values())
-    theirs = dict(zip(ENVIRONMENT, ('1', '1', 'EAGER')))
-    assert environment(ENVIRONMENT, **theirs) == list(theirs.values())
-
-
-def test_threads_are_the_physical_cores_unless_set():
-    import joblib
-    assert environment(['OMP_NUM_THREADS']) == [str(joblib.cpu_count(only_physical_cores=True))]
-    assert environment(['OMP_NUM_THREADS'], OMP_NUM_THREADS='3') == ['3']
-
-
-# ---------------------------------------------------------------- machines that cannot run it
-
-def imports(fake):
-    """Import the program where something is missing."""
-    return subprocess.run([sys.executable, '-c', f'import sys\n{fake}\nimport dcgan'], capture_output=True, text=True,
-                          cwd=ROOT, timeout=60)
-
-
-def failing(module, error):
-    """Code after which the import of a module raises that."""
-    return f'''
-class Finder:
-    def find_spec(name, *args):
-        if name == {module!r}:
-            raise {error}
-sys.meta_path.insert(0, Finder)'''
-
-
-def library(name, module='mxnet', kind='OSError'):
-    return failing(module, f"{kind}('{name}: cannot open shared object file: No such file or directory')")
-
-
-@pytest.mark.parametrize('fake, words', [
-    *((f"sys.modules['{name}'] = None", [name, 'pip install', 'tests/requirements.txt'])
-      for name in ('mxnet', 'joblib', 'numpy', 'cv2', 'sklearn')),
-    (failing('mxnet', 'ModuleNotFoundError("No module named \'requests\'", name="requests")'),
-     ['requests', 'pip install', 'tests/requirements.txt']),
-    ('sys.version_info = (3, 7, 17)', ['Python 3.8']),
-    ("import asyncio, shutil; sys.platform = 'win32'", ['WSL 2']),
-    (library('libgomp.so.1'), ['libgomp.so.1', 'apt-get install libgomp1']),
-    (library('libquadmath.so.0'), ['libquadmath.so.0', 'apt-get install libquadmath0']),
-    (library('libGL.so.1', 'cv2', 'ImportError'), ['apt-get install libgl1', 'opencv-python-headless']),
-    (library('libgthread-2.0.so.0', 'cv2', 'ImportError'), ['apt-get install libglib2.0-0']),
-    (library('libglib-2.0.so.0', 'cv2', 'ImportError'), ['apt-get install libglib2.0-0']),
-    (library('libz.so.1'), ['apt-get install zlib1g']),
-    (library('libcuda.so.1'), ['libcuda.so.1', 'driver', 'tests/requirements.txt']),
-    (library('libcudart.so.11.0'), ['libcudart.so.11.0', 'pip install', '-r requirements.txt']),
-    (library('libcudnn.so.8'), ['libcudnn.so.8', 'pip install', '-r requirements.txt']),
-], ids=['mxnet', 'joblib', 'numpy', 'cv2', 'sklearn', 'requests', 'Python 3.7', 'Windows', 'libgomp', 'libquadmath',
-        'libGL', 'libgthread', 'libglib', 'libz', 'no driver', 'CUDA', 'cuDNN'])
-def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(fake, words):
-    done = imports(fake)
-    assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
-    assert done.stderr.startswith('dcgan.py: ') and all(word in done.stderr for word in words), done.stderr
-    if not any('pip' in word or 'requirements' in word for word in words):
-        assert 'requirements' not in done.stderr  # only what helps
-
-
-@pytest.mark.parametrize('fake, words', [
-    (library('libgmp.so.10'), 'libgmp.so.10'),
-    (library('libgomp_plugin.so.1'), 'libgomp_plugin.so.1'),
-    (failing('mxnet', "OSError('/x/libmxnet.so: undefined symbol: cudnnCreate')"), 'undefined symbol'),
-    (failing('mxnet', '''ImportError("cannot import name 'bool' from 'numpy'")'''), 'cannot import name'),
-    (failing('mxnet', '''ModuleNotFoundError("No module named 'numpy.core'", name='numpy.core')'''), 'numpy.core'),
-    (failing('joblib', "PermissionError(13, 'Permission denied')"), 'Permission denied'),
-    (failing('visual', "ImportError('a mistake in visual.py')"), 'a mistake in visual.py')])
-def test_an_unexpected_error_at_import_keeps_its_traceback(fake, words):
-    done = imports(fake)
-    assert done.returncode == 1 and done.stderr.startswith('Traceback') and words in done.stderr, done.stderr
-
-
-# ---------------------------------------------------------------- names that NumPy took away
-
-def after_import(code):
-    """Run code in a process that has imported `data`; its result is printed."""
-    return subprocess.run([sys.executable, '-W', 'error::DeprecationWarning:__main__', '-c',
-                           f'import numpy as np\nbefore = np.__getattr__\nimport data\n{code}'],
-                          capture_output=True, text=True, cwd=ROOT, timeout=120)
-
-
-def test_numpy_is_as_it_was_after_the_import():
-    done = after_import('''
-assert np.__getattr__ is before
-names = ('PZERO', 'alltrue', 'in1d', 'mirr', 'no_such_name')
-plain = __import__('subprocess').run(
-    [__import__('sys').executable, '-W', 'ignore', '-c',
-     f'import numpy; print([hasattr(numpy, name) for name in {names + ("bool",)}])'],
-    capture_output=True, text=True, check=True).stdout
-import warnings
-warnings.simplefilter('ignore')
-assert str([hasattr(np, name) for name in (*names, 'bool')]) == plain.strip(), plain
-if np.lib.NumpyVersion(np.__version__) >= '2.0.0':
-    assert np.bool is np.bool_
-else:
-    assert 'bool' not in vars(np)''')
-    assert done.returncode == 0, done.stderr
-
-
-def test_only_mxnet_is_answered_while_it_is_imported():
-    """The answer depends on the module that asks: MXNet's own, or any other."""
-    done = after_import('''
-import types, warnings
-warnings.simplefilter('ignore')
-asked = 'import numpy\\nfound = [getattr(numpy, name, "none") for name in ("no_such_name", "__no_such_name__")]'
-def ask(name):
-    module = types.ModuleType(name)
-    with __import__('unittest.mock').mock.patch.object(np, '__getattr__', data.getattr_for_mxnet):
-        exec(asked, module.__dict__)
-    return module.found
-assert ask('mxnet.numpy.fallback') == [None, 'none'], ask('mxnet.numpy.fallback')
-assert ask('scipy.sparse') == ask('mxnetlike') == ['none', 'none'], ask('scipy.sparse')''')
-    assert done.returncode == 0, done.stderr
-
-
-def test_scikit_learn_and_scipy_work_beside_mxnet():
-    done = after_import('''
-from scipy.stats import entropy
-import scipy.sparse
-from sklearn.neural_network import MLPClassifier
-X = np.random.RandomState(0).rand(40, 5)
-y = (X[:, 0] > 0.5).astype(int)
-assert MLPClassifier((8,), max_iter=400, random_state=0, solver='lbfgs').fit(X, y).score(X, y) > 0.9
-assert abs(entropy([0.5, 0.5]) - np.log(2)) < 1e-12
-assert scipy.sparse.csr_matrix(np.eye(3, dtype=bool)).sum() == 3
-assert np.ma.masked_array([1, 2], [True, False]).sum() == 2''')
-    assert done.returncode == 0, done.stderr
