@@ -358,8 +358,7 @@ class ImagenetIter(mx.io.DataIter):
         """Go on without making that many batches."""
         if num_batches:
             self.taken += num_batches
-            while self.ahead:
-                self.ahead.pop().cancel()
+            self.ahead.clear()
 
     def reset(self):
         self.skip(-self.taken % self.num_batches)  # to the next epoch, whose crops are others
@@ -472,32 +471,33 @@ def _small_jpeg(path):
         shrink = min(1, 256 / min(height, width))
         image = cv2.resize(image, (round(width * shrink), round(height * shrink)), interpolation=cv2.INTER_AREA)
         # OpenCV's own quality: shrunk to 64 pixels nothing can be seen of it
-        return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-    except (OSError, cv2.error):  # cannot be opened; or is longer than a JPEG may be
+        encoded, jpeg = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        return jpeg.tobytes() if encoded else None
+    except (OSError, cv2.error):  # cannot be opened; is longer than a JPEG may be
         return None
 
 
-def _write_records(file, names, labels):
+def _write_records(file, paths, labels):
     """Write the pictures that can be read as RecordIO, in a random order; returns how many, and names the others."""
     said, num_skipped = time.monotonic(), 0
-    order = np.random.RandomState(1234).permutation(len(names))
+    order = np.random.RandomState(1234).permutation(len(paths))
     with ThreadPool(joblib.cpu_count()) as pool:
-        for done, (i, jpeg) in enumerate(zip(order, pool.imap(_small_jpeg, [names[i] for i in order]))):
+        for done, (i, jpeg) in enumerate(zip(order, pool.imap(_small_jpeg, [paths[i] for i in order]))):
             if time.monotonic() - said > 3:
                 said = time.monotonic()
-                print(f'... {done} of {len(names)}', flush=True)
+                print(f'... {done} of {len(paths)}', flush=True)
             if jpeg is None:
                 num_skipped += 1
                 if num_skipped <= 10:
-                    name = os.fsencode(names[i]).decode('utf-8', 'replace')
+                    name = os.fsencode(paths[i]).decode('utf-8', 'replace')
                     print(f'skipped, no picture that OpenCV can read: {name}', flush=True)
                 continue
             parts = mx.recordio.pack(mx.recordio.IRHeader(0, labels[i], 0, 0), jpeg).split(MAGIC)
             kinds = [1] + [2] * (len(parts) - 2) + [3] if len(parts) > 1 else [0]
             for kind, part in zip(kinds, parts):
                 file.write(MAGIC + struct.pack('<I', kind << 29 | len(part)) + part + bytes(-len(part) % 4))
-    print(f'{len(names) - num_skipped} pictures packed, {num_skipped} files skipped', flush=True)
-    return len(names) - num_skipped
+    print(f'{len(paths) - num_skipped} pictures packed, {num_skipped} files skipped', flush=True)
+    return len(paths) - num_skipped
 
 
 def _pack(folder, out, workers):
@@ -506,16 +506,14 @@ def _pack(folder, out, workers):
     Its name has a checksum of the files' names, sizes and times, and it is there whole or not at all.
     """
     inside = glob.iglob(f'{glob.escape(folder)}/**', recursive=True)  # leaves out what is hidden
-    names = sorted(name for name in inside if os.path.isfile(name) and not name.startswith(f'{out}/'))
-    digest = hashlib.blake2b(digest_size=8)
-    for name in names:
-        stat = os.stat(name)
-        digest.update(os.fsencode(f'{os.path.relpath(name, folder)}/{stat.st_size}/{stat.st_mtime_ns}/'))
+    files = sorted(path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/'))
+    names = [os.path.relpath(path, folder) for path in files]
     # a class is a sub-folder, with all that is below it; '' has the pictures that are in none
-    classes = [os.path.relpath(name, folder).rpartition('/')[0].partition('/')[0] for name in names]
-    classes, labels = np.unique(classes, return_inverse=True)
-    parent, name = os.path.split(folder)
-    paths = [os.path.join(place, f'{name}-dcgan-{digest.hexdigest()}.rec') for place in (parent, out)]
+    classes, labels = np.unique([name.rpartition('/')[0].partition('/')[0] for name in names], return_inverse=True)
+    state = [(name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files)]
+    checksum = hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()
+    parent, base = os.path.split(folder)
+    paths = [os.path.join(place, f'{base}-dcgan-{checksum}.rec') for place in (parent, out)]
     for path in paths:
         if os.path.exists(path):
             return path, classes
@@ -529,8 +527,8 @@ def _pack(folder, out, workers):
             return path, classes
         try:
             file.truncate(0)
-            print(f'packing {len(names)} files of {folder} into {path} ...', flush=True)
-            if _write_records(file, names, labels) == 0:
+            print(f'packing {len(files)} files of {folder} into {path} ...', flush=True)
+            if _write_records(file, files, labels) == 0:
                 raise ValueError(f'{folder}: has no picture that OpenCV can read; set imgnet_path to a folder that has')
             file.flush()
             os.fsync(file.fileno())
@@ -538,7 +536,7 @@ def _pack(folder, out, workers):
         except BaseException:
             os.remove(file.name)
             raise
-    of_any_state = glob.escape(path[:-len('0123456789abcdef.rec')]) + '[0-9a-f]' * 16 + '.rec*'
+    of_any_state = glob.escape(path[:-len(f'{checksum}.rec')]) + '[0-9a-f]' * len(checksum) + '.rec*'
     for old in set(glob.glob(of_any_state)) - {path}:
         os.remove(old)
     return path, classes
@@ -567,9 +565,7 @@ def load_pictures(s, rank=0, workers=1):
         if '' in labels:
             raise ValueError(f'{folder}: with conditional = True each picture must be in a sub-folder, its class')
         if rank == 0:
-            counts = np.bincount(pictures.classes)
-            print('classes: ' + ', '.join(f'{i} {label} ({n})' for i, (label, n) in enumerate(zip(labels, counts))),
-                  flush=True)
+            print('classes:', ', '.join(f'{position} {label}' for position, label in enumerate(labels)), flush=True)
     return pictures
 
 
