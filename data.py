@@ -3,10 +3,14 @@
 This module prepares MXNet and is the first to import it. The training set stays uint8, 64x64 with one channel, until
 `PixelIter` turns it into float32, batch by batch, on the device.
 """
+import array
+import collections
+import concurrent.futures
 import ctypes
 import functools
 import glob
 import gzip
+import hashlib
 import importlib.util
 import math
 import os
@@ -15,9 +19,11 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 import unittest.mock
 import warnings
 import zlib
+from multiprocessing.pool import ThreadPool
 
 # ---------------------------------------------------------------- preparing MXNet, before it is imported
 
@@ -375,69 +381,266 @@ class RandIter(mx.io.DataIter):
         return mx.io.DataBatch([mx.nd.concat(latent, one_hot, dim=1)], [classes], pad=0)
 
 
-class ImagenetIter(mx.io.DataIter):
-    """Batches of photos from a RecordIO file (`im2rec.py` makes one): random crop, random mirror, [-1, 1].
+# ---------------------------------------------------------------- pictures
 
-    `path` is the .rec file: a shorter side of any size is first resized to 256 pixels. `data_shape`: (3, height,
-    width); `ctx`: where the batches are wanted; `num_parts`, `part_index`: this worker's share of the file.
-    Yields mx.io.DataBatch with data [(batch_size,) + data_shape float32]; the last one is filled up from the start, and
-    the next epoch begins after these (MXNet's `round_batch`). Raises OSError and ValueError as `_check_rec` says.
+MAGIC = struct.pack('<I', 0xced7230a)  # a record of a RecordIO file has it before each of its parts
+ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'`\x82'}  # a JPEG's and a PNG's last two bytes, by the first two
+
+
+class ImagenetIter(mx.io.DataIter):
+    """Batches of pictures from a .rec, without end: random crop and mirror, float32 in [-1, 1]; threads decode ahead.
+
+    `path` is a RecordIO file, which is looked at first; `data_shape`: (3 or 1, height, width); `ctx`: where the batches
+    are wanted; `num_parts`, `part_index`: this worker's share, as large as every other's; `augment` False: the largest
+    square in the middle, not mirrored; `conditional`: the records' labels are classes.
+    Yields mx.io.DataBatch with data [(batch_size,) + data_shape] and, if conditional, [(batch_size,) float32 classes]
+    after it. An epoch is ceil(num_data / batch_size) batches in the file's order, the last filled up from the start.
+    Raises OSError and ValueError as `_check_rec`, and ValueError for fewer pictures than a batch.
     """
 
-    def __init__(self, path, batch_size, data_shape, ctx=None, num_parts=1, part_index=0):
+    def __init__(self, path, batch_size, data_shape, ctx=None, num_parts=1, part_index=0, augment=True,
+                 conditional=False):
         super().__init__(batch_size)
-        _check_rec(path, batch_size * num_parts)
-        self.ctx = ctx or mx.cpu()
-        try:
-            self.internal = mx.io.ImageRecordIter(
-                path_imgrec=path, data_shape=data_shape, batch_size=batch_size, resize=256, rand_crop=True,
-                min_crop_size=192, max_crop_size=256, rand_mirror=True, mean_r=127.5, mean_g=127.5, mean_b=127.5,
-                scale=1 / 127.5, preprocess_threads=int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count()),
-                num_parts=num_parts, part_index=part_index, verbose=False)
-        except StopIteration:  # MXNet has read the first batch; it cuts the file by bytes, not by images
-            raise ValueError(f'{path}: share {part_index} of {num_parts} has no image; use fewer workers') from None
-        self.provide_data = [mx.io.DataDesc('data', (batch_size,) + tuple(data_shape), np.float32)]
+        self.path, self.data_shape, self.ctx, self.augment = path, tuple(data_shape), ctx or mx.cpu(), augment
+        self.starts, labels = _check_rec(path)
+        self.num_data = len(labels) // num_parts
+        if self.num_data < batch_size:
+            raise ValueError(f'{path}: has {self.num_data} pictures a worker, fewer than the batch of {batch_size}')
+        self.part_index, self.num_batches = part_index, math.ceil(self.num_data / batch_size)
+        self.checksum = zlib.crc32(labels, zlib.crc32(self.starts))
+        self.labels, classes = np.unique(labels, return_inverse=True)
+        self.classes = classes.astype(np.int32) if conditional else None
+        self.class_names = [str(position) for position in range(len(self.labels))] if conditional else []
+        self.provide_data = [mx.io.DataDesc('data', (batch_size,) + self.data_shape, np.float32)]
+        self.provide_data += [mx.io.DataDesc('digit', (batch_size,), np.float32)] * conditional
         self.provide_label = []
+        self.file = open(path, 'rb')  # noqa: SIM115  stays what it is when another process packs the folder again
+        self.pool = concurrent.futures.ThreadPoolExecutor(joblib.cpu_count())
+        self.taken, self.ahead = 0, collections.deque()  # batches: how many were taken, and those after them
+
+    def next(self):
+        while len(self.ahead) <= joblib.cpu_count():
+            self.ahead.append(self.pool.submit(self._load, self.taken + len(self.ahead)))
+        numbers, pixels = self.ahead.popleft().result()
+        self.taken += 1
+        images = mx.nd.array(pixels, self.ctx, np.uint8).astype(np.float32) / 127.5 - 1
+        classes = [] if self.classes is None else [mx.nd.array(self.classes[numbers], self.ctx)]
+        return mx.io.DataBatch([images] + classes, [], pad=0)
+
+    def skip(self, num_batches):
+        """Go on without making that many batches."""
+        if num_batches:
+            self.taken += num_batches
+            self.ahead.clear()
 
     def reset(self):
-        self.internal.reset()
+        self.skip(-self.taken % self.num_batches)  # to the next epoch, whose crops are others
 
-    def iter_next(self):  # not `internal.iter_next`: it stays at the batch that MXNet reads ahead to learn its shape
-        self.batch = next(self.internal, None)
-        return self.batch is not None
+    def _load(self, batch):
+        """One batch, counted from the first: its pictures' positions in the file, and their pixels, uint8."""
+        random = np.random.RandomState([self.part_index, batch])
+        numbers = (batch % self.num_batches * self.batch_size + np.arange(self.batch_size)) % self.num_data
+        numbers += self.part_index * self.num_data
+        pixels = np.empty((self.batch_size,) + self.data_shape, np.uint8)
+        for out, number in zip(pixels, numbers):
+            start, end = self.starts[number:number + 2]
+            image = _picture_of(os.pread(self.file.fileno(), end - start, start))
+            if image is None:
+                raise ValueError(f'{self.path}: the picture in record {number} is damaged; make the file again')
+            shrink, down, right, mirror = random.rand(4) if self.augment else (1, 0.5, 0.5, 1)
+            height, width = image.shape[:2]
+            side = round(min(height, width) * (0.75 + 0.25 * shrink))  # as published: 192 to 256 of 256 pixels
+            top, left = round((height - side) * down), round((width - side) * right)
+            image = image[top:top + side, left:left + side, :][:, ::-1 if mirror < 0.5 else 1]
+            image = cv2.resize(image, out.shape[:0:-1], interpolation=cv2.INTER_AREA)  # averages when it shrinks
+            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB if len(out) == 3 else cv2.COLOR_BGR2GRAY)
+            out[:] = image.reshape(out.shape[1:] + (-1,)).transpose(2, 0, 1)
+        return numbers, pixels
 
-    def getdata(self):
-        return [self.batch.data[0].as_in_context(self.ctx)]
 
-    def getpad(self):
-        return self.batch.pad
+def _check_rec(path):
+    """Where each record of a .rec begins, and its end, int64 (n + 1,), and the records' labels, float32 (n,).
 
-
-def _check_rec(path, batch_size):
-    """Raise OSError where there is no such file, and ValueError where MXNet would end the process in a decoding thread:
-    no RecordIO file, cut short, fewer images than a batch, a first record that is no image. (A later one still does.)
-
-    RecordIO (dmlc-core, recordio.h) is 4-byte words: magic number; 3 bits of flag and 29 of length; the padded data. No
-    word of the data is the magic number, so the last one in the file starts the last record, or a part of it.
+    Of a picture with the first and last bytes of a JPEG or PNG no more is read. Raises OSError where there is no such
+    file, ValueError where it is cut short or no RecordIO file, or where a record is no picture.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'{path}: no such file; imgnet_path must name a .rec made by im2rec.py')
-    if set('#?;') & set(path):
-        raise ValueError(f'{path}: MXNet reads # ? and ; in a name its own way; rename it')
+        raise FileNotFoundError(f'{path}: no such file; imgnet_path must name a folder of pictures, or a .rec')
+    starts, labels, at, kind = array.array('q'), array.array('f'), 0, 0
+    with open(path, 'rb') as file:
+        size = os.fstat(file.fileno()).st_size
+        while at < size:
+            # RecordIO's header, 8 bytes; MXNet's, 24 bytes; `flag` further labels; the picture
+            head = os.pread(file.fileno(), 256, at).ljust(36, b'\0')
+            magic, length, flag, label, first_label = struct.unpack_from('<4sIIf16xf', head)
+            if magic != MAGIC:
+                break
+            kind, length = divmod(length, 1 << 29)  # 0: a whole record; 1, 2, 3: its first, further and last parts
+            if kind < 2:
+                starts.append(at)
+                labels.append(first_label if flag else label)
+            end = at + 8 + length
+            at = end + -length % 4
+            begin = head[32 + 4 * flag:][:2]
+            if kind == 0 and begin in ENDS and ENDS[begin] == os.pread(file.fileno(), 2, end - 2):
+                continue
+            whole = kind in (0, 3) and at <= size
+            if whole and _picture_of(os.pread(file.fileno(), at - starts[-1], starts[-1])) is None:
+                no_image = flag and length == 24 + 4 * flag
+                problem = 'an InsightFace header without a picture' if no_image else 'no picture, or a damaged one'
+                raise ValueError(f'{path}: record {len(starts) - 1} is {problem}; make the .rec without it, or set '
+                                 'imgnet_path to a folder of pictures')
+    if at != size or kind in (1, 2) or not starts:
+        raise ValueError(f'{path}: empty, cut short or no RecordIO file, after {len(starts)} records; make it again, '
+                         'or set imgnet_path to a folder of pictures')
+    starts.append(at)
+    return np.array(starts), np.array(labels)
+
+
+def _picture_of(record):
+    """A record's bytes, header and all parts -> its picture, as `_decode` gives it."""
+    parts, at = [], 0
+    while at < len(record):
+        length = struct.unpack_from('<I', record, at + 4)[0] % (1 << 29)
+        parts.append(record[at + 8:at + 8 + length])
+        at += 8 + length + -length % 4
     try:
-        reader = mx.recordio.MXRecordIO(path, 'r')
-        records = list(filter(None, (reader.read() for _ in range(batch_size))))
-        _, image = mx.recordio.unpack_img(records[0], cv2.IMREAD_COLOR)
-        words = np.memmap(path, '<u4', 'r')[-2 ** 24:]  # the last 64 MB: more than any photo has
-        last = np.flatnonzero(words == 0xced7230a)[-1]
-        flag, length = divmod(int(words[last + 1]), 1 << 29)
-        whole = flag in (0, 3) and last + 2 + -(-length // 4) == len(words)  # 3: a record's last part
-    except (IndexError, ValueError, struct.error, cv2.error, mx.MXNetError):
-        image = None
-    if image is None or not whole:
-        raise ValueError(f'{path}: empty, cut short, or no RecordIO file of images; make it again with im2rec.py')
-    if len(records) < batch_size:
-        raise ValueError(f'{path}: has {len(records)} images, fewer than the batch of {batch_size}')
+        return _decode(mx.recordio.unpack(MAGIC.join(parts))[1])
+    except (struct.error, ValueError):  # shorter than its header says
+        return None
+
+
+def _decode(content):
+    """A picture file's bytes -> uint8 (height, width, 3), BGR, upright, over white; None if OpenCV cannot read it."""
+    content = np.frombuffer(content, np.uint8)
+    try:
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR)
+        if image is None or content[:2].tobytes() == b'\xff\xd8':  # a JPEG, which is never transparent
+            return image
+        layers = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # empty, or more pixels than OpenCV allows
+        return None
+    if layers is None or layers.ndim < 3 or layers.shape[2] < 4:
+        return image
+    if layers.dtype == np.uint16:
+        layers = (layers >> 8).astype(np.uint8)
+    # IMREAD_UNCHANGED does not turn a picture as its EXIF data say, and IMREAD_COLOR drops what is transparent
+    turned = (np.rot90(side, quarters) for side in (layers, layers[:, ::-1]) for quarters in range(4))
+    layers = next((way for way in turned if np.array_equal(way[:, :, :3], image)), layers)
+    image, alpha = np.ascontiguousarray(layers[:, :, :3]), cv2.merge([layers[:, :, 3]] * 3)
+    if content[:2].tobytes() not in (b'II', b'MM') or (image > alpha).any():  # libtiff may have multiplied already
+        image = cv2.multiply(image, alpha, scale=1 / 255)
+    return cv2.add(image, cv2.bitwise_not(alpha))
+
+
+def _small_jpeg(path):
+    """A picture's file -> bytes of a JPEG with at most 256 pixels on its shorter side; None if it cannot be read."""
+    try:
+        with open(path, 'rb') as file:
+            image = _decode(file.read(1 << 28))  # no more of a film that lies among the pictures
+        if image is None:
+            return None
+        height, width = image.shape[:2]
+        shrink = min(1, 256 / min(height, width))
+        image = cv2.resize(image, (round(width * shrink), round(height * shrink)), interpolation=cv2.INTER_AREA)
+        # OpenCV's own quality: shrunk to 64 pixels nothing can be seen of it
+        encoded, jpeg = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        return jpeg.tobytes() if encoded else None
+    except (OSError, cv2.error):  # cannot be opened; is longer than a JPEG may be
+        return None
+
+
+def _write_records(file, paths, labels):
+    """Write the pictures that can be read as RecordIO, in a random order; returns how many, and names the others."""
+    said, num_skipped = time.monotonic(), 0
+    order = np.random.RandomState(1234).permutation(len(paths))
+    with ThreadPool(joblib.cpu_count()) as pool:
+        for done, (i, jpeg) in enumerate(zip(order, pool.imap(_small_jpeg, [paths[i] for i in order]))):
+            if time.monotonic() - said > 3:
+                said = time.monotonic()
+                print(f'... {done} of {len(paths)}', flush=True)
+            if jpeg is None:
+                num_skipped += 1
+                if num_skipped <= 10:
+                    name = os.fsencode(paths[i]).decode('utf-8', 'replace')
+                    print(f'skipped, no picture that OpenCV can read: {name}', flush=True)
+                continue
+            parts = mx.recordio.pack(mx.recordio.IRHeader(0, labels[i], 0, 0), jpeg).split(MAGIC)
+            kinds = [1] + [2] * (len(parts) - 2) + [3] if len(parts) > 1 else [0]
+            for kind, part in zip(kinds, parts):
+                file.write(MAGIC + struct.pack('<I', kind << 29 | len(part)) + part + bytes(-len(part) % 4))
+    print(f'{len(paths) - num_skipped} pictures packed, {num_skipped} files skipped', flush=True)
+    return len(paths) - num_skipped
+
+
+def _pack(folder, out, workers):
+    """Make the .rec of a folder, if there is none of the folder as it is; returns its path and the classes' names.
+
+    Its name has a checksum of the files' names, sizes and times, and it is there whole or not at all.
+    """
+    inside = glob.iglob(f'{glob.escape(folder)}/**', recursive=True)  # leaves out what is hidden
+    files = sorted(path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/'))
+    names = [os.path.relpath(path, folder) for path in files]
+    # a class is a sub-folder, with all that is below it; '' has the pictures that are in none
+    classes, labels = np.unique([name.rpartition('/')[0].partition('/')[0] for name in names], return_inverse=True)
+    state = [(name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files)]
+    checksum = hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()
+    parent, base = os.path.split(folder)
+    paths = [os.path.join(place, f'{base}-dcgan-{checksum}.rec') for place in (parent, out)]
+    for path in paths:
+        if os.path.exists(path):
+            return path, classes
+    if workers > 1:
+        raise ValueError(f'{folder}: not packed yet, or changed since; start once on one machine, then on several')
+    path = paths[0] if os.access(parent, os.W_OK) else paths[1]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    import fcntl  # not at the top: Windows, which is refused above, has none
+    with open(f'{path}.tmp', 'ab') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # if another process packs this folder, wait, and take what it has made
+        if os.path.exists(path):
+            return path, classes
+        try:
+            file.truncate(0)
+            print(f'packing {len(files)} files of {folder} into {path} ...', flush=True)
+            if _write_records(file, files, labels) == 0:
+                raise ValueError(f'{folder}: has no picture that OpenCV can read; set imgnet_path to a folder that has')
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.remove(file.name)
+            raise
+    of_any_state = glob.escape(path[:-len(f'{checksum}.rec')]) + '[0-9a-f]' * len(checksum) + '.rec*'
+    for old in set(glob.glob(of_any_state)) - {path}:
+        os.remove(old)
+    return path, classes
+
+
+def load_pictures(s, rank=0, workers=1):
+    """An `ImagenetIter` over this worker's share of `s.imgnet_path`: a .rec, or a folder, which is packed into one.
+
+    Prints the classes, if `s.conditional`. Raises ValueError and OSError as `ImagenetIter`, ValueError where a folder
+    has no picture or, of several workers, is not packed, OSError where it can be packed nowhere.
+    """
+    path, folder = s.imgnet_path, None
+    stderr = os.dup(2)  # libpng, libjpeg and libtiff write there about what we name ourselves
+    try:
+        with open(os.devnull, 'wb') as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        if os.path.isdir(path):
+            folder = os.path.abspath(path)
+            path, names = _pack(folder, os.path.abspath(s.out), workers)
+        pictures = ImagenetIter(path, s.batch_size, (s.nc, 64, 64), s.ctx[0], workers, rank, s.augment, s.conditional)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    if s.conditional:
+        labels = [names[int(label)] if folder else f'{label:g}' for label in pictures.labels]
+        if '' in labels:
+            raise ValueError(f'{folder}: with conditional = True each picture must be in a sub-folder, its class')
+        if rank == 0:
+            print('classes:', ', '.join(f'{position} {label}' for position, label in enumerate(labels)), flush=True)
+    return pictures
 
 
 def load_data(s, rank=0, workers=1):

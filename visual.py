@@ -85,10 +85,10 @@ def show_picture(title, picture, out='out', display=True):
         if display and out not in _viewers:
             _start_viewer(out)
     except OSError as error:
-        _warn_once('write', f'WARNING: no picture can be written or shown ({error}); the run goes on')
+        warn_once('write', f'WARNING: no picture can be written or shown ({error}); the run goes on')
         return
     if display and (_viewers[out] is None or _viewers[out].poll() not in (None, QUIT)):
-        _warn_once('window', f'no window can be shown here (why: python visual.py {out}); the pictures are in {out}')
+        warn_once('window', f'no window can be shown here (why: python visual.py {out}); the pictures are in {out}')
 
 
 def save(path, picture):
@@ -124,7 +124,7 @@ def film(out):
                 return
         raise OSError('its pictures are too large')
     except (OSError, AttributeError, cv2.error) as error:  # a full disk, an OpenCV without animations
-        _warn_once('film', f'WARNING: {out}/film.webp cannot be written ({str(error).strip()}); the run goes on')
+        warn_once('film', f'WARNING: {out}/film.webp cannot be written ({str(error).strip()}); the run goes on')
 
 
 # ---------------------------------------------------------------- curves
@@ -207,7 +207,7 @@ def close():
     _warned.clear()
 
 
-def _warn_once(kind, message):
+def warn_once(kind, message):
     if kind not in _warned:
         _warned.add(kind)
         print(message, flush=True)
