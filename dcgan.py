@@ -524,7 +524,7 @@ class Run:
         whole, self.log_is_whole = self.log_is_whole and path.exists(), False  # until the row is there
         try:
             with path.open('a', newline='') if whole else whole_file(path, 'w') as file:
-                writer = csv.DictWriter(file, self.columns)
+                writer = csv.DictWriter(file, self.columns, lineterminator='\n')
                 if not whole:
                     writer.writeheader()
                 writer.writerows(self.rows[-1:] if whole else self.rows)
