@@ -439,6 +439,11 @@ def _picture_of(record):
 
 def _decode(content):
     """A picture file's bytes -> uint8 (height, width, 3), BGR, upright, over white; None if OpenCV cannot read it."""
+    at = 8
+    while content[:4] == b'\x89PNG' and content[at + 4:at + 8] != b'IEND':  # OpenCV allocates what a chunk promises
+        at += 12 + int.from_bytes(content[at:at + 4], 'big')
+        if at > len(content):
+            return None
     content = np.frombuffer(content, np.uint8)
     try:
         image = cv2.imdecode(content, cv2.IMREAD_COLOR)

@@ -348,6 +348,15 @@ def test_damaged_pictures(tmp_path, capfd, content):
     assert 'skipped' in out and 'broken.jpg' in out and not err
 
 
+def test_a_png_that_promises_gigabytes(monkeypatch):
+    """OpenCV would allocate them, and only then find that the file is shorter."""
+    image = encoded(NOISE, '.png')
+    assert data._decode(image).shape == NOISE.shape and data._decode(image + bytes(99)).shape == NOISE.shape
+    monkeypatch.setattr(cv2, 'imdecode', None)
+    where = image.index(b'IDAT') - 4
+    assert data._decode(image[:where] + b'\x7f' + image[where + 1:]) is None
+
+
 def test_ten_are_named(tmp_path, capsys):
     broken = {f'{i:02}.txt': b'broken' for i in range(30)}
     folder = write_folder(tmp_path / 'photos', {**broken, 'a.jpg': plain(COLOURS[0]), 'b.jpg': plain(COLOURS[1])})
