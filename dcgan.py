@@ -666,7 +666,8 @@ def read_params(path):
         file = os.path.join(folder, re.sub('_(Gmean|G|D)_', f'_{net}_', name, count=1))
         if net != 'D' or os.path.exists(file):  # samples need no D
             arrays.update({key.split(':')[-1]: array.asnumpy() for key, array in mx.nd.load(file).items()})
-    symbol = mx.sym.load(re.sub('(Gmean|G|D)_(.*)-[0-9]+.params$', r'G_\2-symbol.json', path))
+    symbol = re.sub('_(Gmean|G|D)_(.*)-[0-9]+.params$', r'_G_\2-symbol.json', name)
+    symbol = mx.sym.load(os.path.join(folder, symbol))
     class_names = json.loads(symbol.attr_dict().get('rand', {}).get('__classes__', '[]'))
     about = dict(epoch=int(epoch) + 1, iteration=0, num_update=0, average_count=0, seconds=0, class_names=class_names)
     return about, arrays
