@@ -752,7 +752,7 @@ def load_generator(s, size):
 
 def chosen_classes(s, class_names):
     """The classes from 0 on that `digits` asks for by their names. Raises ValueError where there is no such name."""
-    names = [name.strip() for name in s.digits.split(',')] if ',' in s.digits else list(s.digits)
+    names = list(filter(None, s.digits.replace(' ', '').split(','))) if ',' in s.digits else list(s.digits)
     if names and not class_names:
         misuse(f'digits = {s.digits!r}: that run is not conditional, and its G makes what it likes')
     for name in names:
