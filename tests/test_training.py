@@ -33,15 +33,6 @@ def floats(nc):
 
 
 @pytest.fixture
-def tiny(tiny, monkeypatch):
-    """Settings of a run over 115 digits: 12 iterations an epoch, the last one filled up from the start."""
-    def settings(digits=115, **changes):
-        monkeypatch.setattr(data, 'get_digits', lambda labels: (ALL[0][:digits], ALL[1], ALL[2][:digits], ALL[3]))
-        return tiny(**{'batch_size': 10, **changes})
-    return settings
-
-
-@pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still, but for a step: each lasts `clock.step` seconds."""
     class Clock:
@@ -118,10 +109,10 @@ def test_the_printed_networks_have_true_totals(capsys):
     assert capsys.readouterr().out == 'G: 3,576,704 parameters\nD: 2,765,632 parameters\n'
 
 
-def test_only_with_the_bias_does_d_see_contrast(tiny):
+def test_only_with_the_bias_does_d_see_contrast(few):
     moved = {}
     for d1_bias in (True, False):
-        s = tiny(d1_bias=d1_bias, lr=0.002, ndf=16, nc=3, ctx=(mx.cpu(),))
+        s = few(d1_bias=d1_bias, lr=0.002, ndf=16, nc=3, ctx=(mx.cpu(),))
         real, latents = data.PixelIter(ALL[0], ALL[2], 10, 3), data.RandIter(10, s.Z)
         modules = dcgan.make_modules(s, real.provide_data, latents.provide_data)
         labels = [mx.nd.full(10, label) for label in (0, 1, 0.9)]
@@ -140,8 +131,8 @@ def test_only_with_the_bias_does_d_see_contrast(tiny):
 @pytest.mark.parametrize('settings', [PUBLISHED, dict(d1_bias=True, pos_label=0.9, head_start=7)],
                          ids=['published', 'default'])
 @pytest.mark.parametrize('nc, seed', [(1, 1234), (1, 7), (3, 1234), (3, 7)])
-def test_training_equals_the_textbook_to_the_last_bit(tiny, nc, seed, settings, conditional):
-    s = tiny(nc=nc, seed=seed, ngf=8, conditional=conditional, **settings)
+def test_training_equals_the_textbook_to_the_last_bit(few, nc, seed, settings, conditional):
+    s = few(nc=nc, seed=seed, ngf=8, conditional=conditional, **settings)
     dcgan.train(s)
     classes = ALL[2][:115] if conditional else None  # the digits are all there, and so their own positions
     expected, metrics = textbook.train(floats(nc), 12, 8, 4, nc, 8, 10, seed, y=classes, **settings)
@@ -153,8 +144,8 @@ def test_training_equals_the_textbook_to_the_last_bit(tiny, nc, seed, settings, 
         assert np.allclose([float(row[name]) for name in METRICS], np.mean(steps, axis=0), rtol=1e-6)
 
 
-def test_the_second_epoch_has_its_own_latents_and_may_begin_in_the_head_start(tiny):
-    s = tiny(epochs=2, head_start=17)
+def test_the_second_epoch_has_its_own_latents_and_may_begin_in_the_head_start(few):
+    s = few(epochs=2, head_start=17)
     dcgan.train(s)
     expected, _ = textbook.train(floats(1), 12, 4, 4, 1, 8, 10, 3, epochs=2, d1_bias=True, pos_label=0.9, head_start=17)
     found = flat(final_params(s.out))
@@ -162,15 +153,15 @@ def test_the_second_epoch_has_its_own_latents_and_may_begin_in_the_head_start(ti
 
 
 @pytest.mark.parametrize('lr, head_start, expected', [(0.0002, 3, [0.001] * 3 + [0.0002] * 9), (0.01, 3, [0.01] * 12)])
-def test_the_learning_rate_of_each_step(tiny, monkeypatch, lr, head_start, expected):
+def test_the_learning_rate_of_each_step(few, monkeypatch, lr, head_start, expected):
     seen = watch_steps(monkeypatch, lambda mods, *_: [mod._optimizer.learning_rate for mod in mods[:2]])
-    dcgan.train(tiny(lr=lr, head_start=head_start))
+    dcgan.train(few(lr=lr, head_start=head_start))
     assert seen == [[lr, lr] for lr in expected]
 
 
 # ---------------------------------------------------------------- nothing waits
 
-def test_the_gradients_sum_and_the_updates_wait_together(tiny, monkeypatch):
+def test_the_gradients_sum_and_the_updates_wait_together(few, monkeypatch):
     """Steps 5 and 8 run inside `mx.engine.bulk`: on a GPU each operator outside would wait for its stream."""
     bulks, outside, inside = [], [], []
 
@@ -188,12 +179,12 @@ def test_the_gradients_sum_and_the_updates_wait_together(tiny, monkeypatch):
     monkeypatch.setattr(mx.engine, 'bulk', bulk)
     monkeypatch.setattr(mx.nd.NDArray, '__iadd__', watched(mx.nd.NDArray.__iadd__))
     monkeypatch.setattr(mx.mod.Module, 'update', watched(mx.mod.Module.update))
-    dcgan.train(tiny(batch_size=115))
+    dcgan.train(few(batch_size=115))
     assert outside == [] and len(inside) == 12 + 2  # the gradients of D; the two networks
 
 
 @pytest.mark.parametrize('conditional', [False, True])
-def test_nothing_waits_between_two_lines(tiny, monkeypatch, conditional):
+def test_nothing_waits_between_two_lines(few, monkeypatch, conditional):
     """Of the loop's asnumpy and waits none is between two lines; a line's metrics are one copy."""
     calls, at_step, at_line = [], [], []
     for owner, name in ((mx.nd.NDArray, 'asnumpy'), (mx.nd.NDArray, 'wait_to_read'), (mx.nd, 'waitall')):
@@ -208,7 +199,7 @@ def test_nothing_waits_between_two_lines(tiny, monkeypatch, conditional):
         at_line.append((before, len(calls)))
 
     monkeypatch.setattr(dcgan.Run, 'print_line', counted)
-    dcgan.train(tiny(batch_size=5, conditional=conditional))  # 23 iterations
+    dcgan.train(few(batch_size=5, conditional=conditional))  # 23 iterations
     assert len(at_step) == 23 and [after - before for before, after in at_line] == [1, 1, 1]
     for first, last, (before, _) in zip((0, 10, 20), (9, 19, 22), at_line):
         assert at_step[first] == at_step[last] == before
@@ -225,13 +216,13 @@ def test_metrics_by_hand():
 
 
 @pytest.mark.parametrize('average', [0.99, 0.2, 0.0])
-def test_the_mean_of_g(tiny, monkeypatch, average):
+def test_the_mean_of_g(few, monkeypatch, average):
     """It is recomputed from the weights that G has at first and at each line."""
     def weights(modules, *_):
         mx.nd.waitall()
         return {name: array.asnumpy() for arrays in modules[0].get_params() for name, array in arrays.items()}
 
-    s = tiny(average=average, epochs=2, batch_size=5, ctx=(mx.cpu(),))
+    s = few(average=average, epochs=2, batch_size=5, ctx=(mx.cpu(),))
     seen = watch_steps(monkeypatch, weights)
     dcgan.train(s)
     mean = weights(dcgan.make_modules(s, [('data', (5, 1, 64, 64))], [('rand', (5, 8, 1, 1))]))
@@ -252,10 +243,10 @@ def test_the_mean_of_g(tiny, monkeypatch, average):
         name: arrays[f'{name}_average'].tobytes() for name in mean}
 
 
-def test_nothing_that_is_shown_disturbs_the_run(tiny, capsys):
+def test_nothing_that_is_shown_disturbs_the_run(few, capsys):
     found = []
     for changes in ({}, {}, dict(average=0.0, coverage=True, monitor=5, display=True, plot=True), dict(seed=4)):
-        s = tiny(out=f'{tiny().out}{len(found)}', epochs=2, **changes)
+        s = few(out=f'{few().out}{len(found)}', epochs=2, **changes)
         dcgan.train(s)
         found.append(final_params(s.out))
         if s.plot:
@@ -270,8 +261,8 @@ def lines(out):
     return [match.groups() for match in LINE.finditer(out)]
 
 
-def test_a_line_is_the_mean_of_its_iterations(tiny, capsys, clock):
-    s = tiny(batch_size=4)
+def test_a_line_is_the_mean_of_its_iterations(few, capsys, clock):
+    s = few(batch_size=4)
     data_iter = types.SimpleNamespace(num_data=4 * 12075 - 1, class_names=[], checksum=0)
     run = dcgan.Run(s, None, data_iter, types.SimpleNamespace(num_workers=1), None, None)
     run.tic, run.iteration, clock.now = clock.now, 10, clock.now + 10
@@ -287,8 +278,8 @@ def test_a_line_is_the_mean_of_its_iterations(tiny, capsys, clock):
     assert re.search(r"\('facc', 0.00\) \('fentropy', -?0.00\) \('fentropy', 1.39\) 4/s", capsys.readouterr().out)
 
 
-def test_the_lines_of_a_run(tiny, clock, capsys):
-    s = tiny(epochs=2)
+def test_the_lines_of_a_run(few, clock, capsys):
+    s = few(epochs=2)
     dcgan.train(s)
     out = capsys.readouterr().out
     assert 'data: digits, 12 iterations an epoch; run: ' in out and 'WARNING' not in out
@@ -301,38 +292,38 @@ def test_the_lines_of_a_run(tiny, clock, capsys):
                                     "resume = 'latest', sample = 64")
 
 
-def test_an_epoch_that_ten_divides_has_no_further_line_and_nothing_need_be_saved(tiny, capsys):
-    s = tiny(batch_size=12, check_point=False)  # 10 iterations
+def test_an_epoch_that_ten_divides_has_no_further_line_and_nothing_need_be_saved(few, capsys):
+    s = few(batch_size=12, check_point=False)  # 10 iterations
     dcgan.train(s)
     out = capsys.readouterr().out
     assert [line[:2] for line in lines(out)] == [('0', '10')] and out.endswith('; nothing was saved\n')
     assert not [name for name in os.listdir(newest(s.out)) if name.endswith(('.npz', '.params', '.json'))]
 
 
-def test_pictures_at_most_once_a_second(tiny, clock, monkeypatch):
+def test_pictures_at_most_once_a_second(few, clock, monkeypatch):
     """And the first at once, and at the end of each epoch, where they are of the last step."""
     shown = []
     monkeypatch.setattr(visual, 'show_picture', lambda title, *args: shown.append((title, round(clock.now, 2))))
     clock.now, clock.step = 0., 0.03
-    dcgan.train(tiny(batch_size=2, epochs=2))  # 58 iterations an epoch, a line every 0.3 s
+    dcgan.train(few(batch_size=2, epochs=2))  # 58 iterations an epoch, a line every 0.3 s
     times = [when for title, when in shown if title == 'gout']
     assert times == [0.3, 1.5, 1.74, 2.94, 3.48]
     assert all([when for other, when in shown if other == title] == times for title in ('diff', 'data', 'loss'))
 
 
-def test_the_pictures_are_of_the_last_step(tiny, monkeypatch):
+def test_the_pictures_are_of_the_last_step(few, monkeypatch):
     """Also where the film has a frame of that iteration, for which other latents are drawn."""
     seen = watch_steps(monkeypatch, lambda _, fakes, diff, __: (fakes.asnumpy(), diff.asnumpy()))
-    s = tiny(digits=100, batch_size=2)  # 50 iterations
+    s = few(images=100, batch_size=2)  # 50 iterations
     dcgan.train(s)
     fakes, diff = seen[-1]
     assert np.array_equal(cv2.imread(f'{newest(s.out)}/gout.png'), visual.tile(fakes))
     assert np.array_equal(cv2.imread(f'{newest(s.out)}/diff.png'), visual.tile((diff - diff.mean()) / diff.std()))
 
 
-def test_the_monitor_prints_the_layers_and_diff(tiny, capsys, monkeypatch):
+def test_the_monitor_prints_the_layers_and_diff(few, capsys, monkeypatch):
     sizes = watch_steps(monkeypatch, lambda _, fakes, diff, __: float(np.sqrt((diff.asnumpy() ** 2).mean())))
-    dcgan.train(tiny(batch_size=100, monitor=1))
+    dcgan.train(few(batch_size=100, monitor=1))
     found = re.findall(r'^Batch: +(\d) +(\S+) +(\S+)', capsys.readouterr().out, re.M)
     names = {name for _, name, _ in found}
     assert {'g1_output', 'gbn4_output', 'gact5_output', 'd1_output', 'dbn4_output', 'dloss_output'} <= names
@@ -343,7 +334,7 @@ def test_the_monitor_prints_the_layers_and_diff(tiny, capsys, monkeypatch):
         assert min(abs(value / size - 1) for value in values) < 0.01
 
 
-def test_a_notebook_gets_what_is_printed(tiny, monkeypatch):
+def test_a_notebook_gets_what_is_printed(few, monkeypatch):
     """Its stdout has the number of a file, which is not the cell."""
     class Cell(io.StringIO):
         def fileno(self):
@@ -351,7 +342,7 @@ def test_a_notebook_gets_what_is_printed(tiny, monkeypatch):
 
     cell = Cell()
     monkeypatch.setattr(sys, 'stdout', cell)
-    dcgan.train(tiny())
+    dcgan.train(few())
     assert 'epoch: 0 iter: 12 ' in cell.getvalue() and '\ndone: ' in cell.getvalue() and sys.stdout is cell
 
 
@@ -390,13 +381,13 @@ dcgan.main()"""
 @pytest.mark.parametrize('gpu_build', [False, True])
 @pytest.mark.parametrize('changes, status, err', [
     ({}, 0, ''), (dict(ngf=0), 1, 'dcgan.py: ngf = 0: must be'), (dict(digits='7'), 2, "dcgan.py: digits = '7'")])
-def test_the_status_of_main(tiny, monkeypatch, capsys, gpu_build, changes, status, err):
+def test_the_status_of_main(few, monkeypatch, capsys, gpu_build, changes, status, err):
     def at_once(status):
         raise SystemExit('at once', status)
 
     monkeypatch.setattr(os, '_exit', at_once)
     monkeypatch.setattr(data, 'GPU_BUILD', gpu_build)
-    monkeypatch.setattr(dcgan, 'Settings', functools.partial(dcgan.Settings, **vars(tiny(**changes))))
+    monkeypatch.setattr(dcgan, 'Settings', functools.partial(dcgan.Settings, **vars(few(**changes))))
     monkeypatch.setattr(sys, 'argv', ['dcgan.py'])
     with pytest.raises(SystemExit) as caught:
         dcgan.main()
@@ -435,9 +426,9 @@ def test_arguments_on_the_command_line(tmp_path):
     (dict(out=None), ['out', 'quotes']), (dict(mnist_path=5), ['mnist_path']),
     (dict(conditional='no'), ['conditional', 'True or False']),
 ], ids=str)
-def test_errors_are_one_line(tiny, capsys, changes, words):
+def test_errors_are_one_line(few, capsys, changes, words):
     with pytest.raises(SystemExit) as caught:
-        dcgan.train(tiny(**changes))
+        dcgan.train(few(**changes))
     message = caught.value.code
     assert message.startswith('dcgan.py: ') and '\n' not in message
     assert all(word in message for word in words), message
@@ -449,20 +440,20 @@ def test_errors_are_one_line(tiny, capsys, changes, words):
     (dict(augment=False), 'augment'), (dict(lr=0.001, head_start=9), 'head_start'), (dict(kvstore='local'), 'kvstore'),
     (dict(digits='7', conditional=True), 'digits'), (dict(plot=True), 'plot'),
     (dict(head_start=9), None), (dict(kvstore='local', ctx=(mx.cpu(0), mx.cpu(1))), None)], ids=str)
-def test_a_setting_without_effect_is_said(tiny, monkeypatch, capsys, changes, named):
+def test_a_setting_without_effect_is_said(few, monkeypatch, capsys, changes, named):
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     monkeypatch.setattr(dcgan, 'run_training', lambda *args: None)
-    dcgan.train(tiny(**changes))
+    dcgan.train(few(**changes))
     warned = re.findall(r'^WARNING: (\w+) = .* has an effect only with ', capsys.readouterr().out, re.M)
     assert warned == [name for name in [named] if name]
 
 
 @pytest.mark.parametrize('ctx', [mx.cpu(1), (mx.cpu(1),), [mx.cpu(1)], (mx.cpu(0), mx.cpu(1)), [mx.cpu(0), mx.cpu(1)]])
-def test_devices_and_homes(tiny, tmp_path, monkeypatch, capsys, ctx):
+def test_devices_and_homes(few, tmp_path, monkeypatch, capsys, ctx):
     """One device or several, in round brackets or square ones; ~ is the home folder; a path may be a PathLike."""
     monkeypatch.setenv('HOME', str(tmp_path))
     out = '~/runs' if isinstance(ctx, mx.Context) else tmp_path / 'runs'
-    dcgan.train(tiny(ctx=ctx, out=out))
+    dcgan.train(few(ctx=ctx, out=out))
     devices = 'cpu(0), cpu(1)' if isinstance(ctx, (tuple, list)) and len(ctx) == 2 else 'cpu(1)'
     assert f'device: {devices}; ' in capsys.readouterr().out
     about, _ = dcgan.find_state(newest(tmp_path / 'runs'))
