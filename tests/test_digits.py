@@ -205,9 +205,11 @@ def contents(folder):
     return {os.path.relpath(path, folder): open(path, 'rb').read() for path in paths}
 
 
-def test_samples(run, copied):
+def test_samples(run, copied, monkeypatch):
     """Of whatever a run has; a name tells the epoch and the kind of G, and nothing is overwritten."""
-    s, folder = copied('plain', sample=25), newest(copied('plain').out)
+    s, folder, sizes, generate = copied('plain', sample=25), newest(copied('plain').out), [], dcgan.generate
+    monkeypatch.setattr(dcgan, 'generate', lambda mod, *args: sizes.append(mod.data_shapes[0].shape) or
+                        generate(mod, *args))
     path = {net: glob.glob(f'{folder}/*_{net}_*-0000.params')[0] for net in ('G', 'D', 'Gmean')}
     before = contents(folder)
     for resume, name in (('latest', '0001'), (folder, '0001_2'), (f'{folder}/state-0002-000000.npz', '0001_3'),
@@ -230,26 +232,14 @@ def test_samples(run, copied):
         found = cv2.imread(f'{folder}/sample-{name}.png')
         assert found.shape == (5 * 64, 5 * 64, 3) and np.abs(found.astype(int) - picture).max() <= 1
         assert np.array_equal(found[64:128, :64], cv2.imread(f'{folder}/sample-{name}/00005.png'))
+    assert set(sizes) == {(10, 8, 1, 1)}  # so that many samples take no more memory
+    # the last image of a walk's row and the first of the next are of the same latent vector
+    walk = cv2.imread(f'{folder}/walk-0001.png').reshape(6, 64, 10, 64, 3).swapaxes(1, 2)
+    assert np.abs(walk[:-1, -1].astype(int) - walk[1:, 0]).max() <= 1 and np.any(walk[0, 0] != walk[0, -1])
     printed(s, seed=4)
     assert contents(folder)['sample-0001_4.png'] != after['sample-0001.png']
-
-
-def test_many_samples_are_made_in_batches(copied, monkeypatch):
-    """So that their memory is that of a batch."""
-    sizes, forward = [], mx.mod.Module.forward
-    monkeypatch.setattr(mx.mod.Module, 'forward', lambda self, batch, **how: sizes.append(len(batch.data[0]))
-                        or forward(self, batch, **how))
-    printed(copied('plain', sample=25))
-    assert sizes == [10] * 9  # 60 are the walk's
-
-
-def test_the_walk_goes_through_its_points(copied):
-    """The last image of a row and the first of the next are of the same latent vector."""
-    s = copied('plain', sample=1)
-    printed(s)
-    walk = cv2.imread(f'{newest(s.out)}/walk-0001.png').reshape(6, 64, 10, 64, 3).swapaxes(1, 2)
-    assert np.abs(walk[:-1, -1].astype(int) - walk[1:, 0]).max() <= 1
-    assert np.any(walk[0, 0] != walk[0, -1])
+    with pytest.raises(SystemExit, match='for sample only'):
+        printed(run('plain')[0], resume=path['Gmean'], out=s.out)
 
 
 @pytest.mark.parametrize('kind, digits, net, chosen', [
@@ -281,13 +271,6 @@ def test_digits_that_cannot_be_had(copied, capsys, kind, changes, code, words):
         dcgan.train(copied(kind, **changes))
     line = caught.value.code if code == 'line' else capsys.readouterr().err.strip()
     assert code in ('line', caught.value.code) and '\n' not in line and all(word in line for word in words)
-
-
-def test_the_mean_of_g_is_for_samples_only(run, copied):
-    s = copied('plain')
-    path, = glob.glob(f'{newest(s.out)}/*_Gmean_*-0000.params')
-    with pytest.raises(SystemExit, match='for sample only'):
-        printed(run('plain')[0], resume=path, out=s.out)
 
 
 def test_a_folder_that_cannot_be_written(copied, monkeypatch):
