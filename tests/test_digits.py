@@ -233,11 +233,15 @@ def test_samples(run, copied, monkeypatch):
         assert found.shape == (5 * 64, 5 * 64, 3) and np.abs(found.astype(int) - picture).max() <= 1
         assert np.array_equal(found[64:128, :64], cv2.imread(f'{folder}/sample-{name}/00005.png'))
     assert set(sizes) == {(10, 8, 1, 1)}  # so that many samples take no more memory
-    # the last image of a walk's row and the first of the next are of the same latent vector
-    walk = cv2.imread(f'{folder}/walk-0001.png').reshape(6, 64, 10, 64, 3).swapaxes(1, 2)
-    assert np.abs(walk[:-1, -1].astype(int) - walk[1:, 0]).max() <= 1 and np.any(walk[0, 0] != walk[0, -1])
+    # the last image of a walk's row and the first of the next are of the same latent vector; between them is an arc
+    walk = cv2.imread(f'{folder}/walk-0001.png').reshape(6, 64, 10, 64, 3).swapaxes(1, 2).astype(int)
+    assert np.abs(walk[:-1, -1] - walk[1:, 0]).max() <= 1 and np.any(walk[0, 0] != walk[0, -1])
+    a, b = dcgan.fixed_latents(s.seed, 7, s.Z)[:2]
+    fifth = np.cos(np.pi / 2 * 4 / 9) * a + np.sin(np.pi / 2 * 4 / 9) * b
+    assert np.abs(walk[0, 4] - visual.tile(forward(load(s, 'Gmean', 1, 1), fifth[None]))).max() <= 1
+    shutil.rmtree(f'{folder}/sample-0001')
     printed(s, seed=4)
-    assert contents(folder)['sample-0001_4.png'] != after['sample-0001.png']
+    assert contents(folder)['sample-0001_4.png'] != after['sample-0001.png'] == contents(folder)['sample-0001.png']
     with pytest.raises(SystemExit, match='for sample only'):
         printed(run('plain')[0], resume=path['Gmean'], out=s.out)
 

@@ -175,7 +175,7 @@ def test_nothing_waits_between_two_lines(few, monkeypatch, conditional):
     calls, at_step, at_line = [], [], []
     for owner, name in ((mx.nd.NDArray, 'asnumpy'), (mx.nd.NDArray, 'wait_to_read'), (mx.nd, 'waitall')):
         original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, f=original: calls.append(0) or f(*args))
+        monkeypatch.setattr(owner, name, lambda *args, name=name, f=original: calls.append(name) or f(*args))
     step, line = dcgan.train_step, dcgan.Run.print_line
     monkeypatch.setattr(dcgan, 'train_step', lambda *args: at_step.append(len(calls)) or step(*args))
 
@@ -186,7 +186,9 @@ def test_nothing_waits_between_two_lines(few, monkeypatch, conditional):
 
     monkeypatch.setattr(dcgan.Run, 'print_line', counted)
     dcgan.train(few(batch_size=5, conditional=conditional))  # 23 iterations
-    assert len(at_step) == 23 and [after - before for before, after in at_line] == [1, 1, 1]
+    assert len(at_step) == 23
+    for before, after in at_line:  # then the mean of G waits, or it could miss BatchNorm's moving averages
+        assert calls[before:after + 1] == ['asnumpy', 'waitall']
     for first, last, (before, _) in zip((0, 10, 20), (9, 19, 22), at_line):
         assert at_step[first] == at_step[last] == before
 
@@ -338,13 +340,14 @@ def test_a_run_as_a_child(tmp_path):
 data.GPU_BUILD, sys.argv = True, ['dcgan.py']
 dcgan.Settings = functools.partial(dcgan.Settings, **{dict(TINY, dataset='mnist', display=True, epochs=2)!r})
 atexit.register(print, 'its own end')
+print('in the buffer')
 dcgan.main()"""
     env = {**os.environ, 'HOME': '/dev/null', 'SCIKIT_LEARN_DATA': '/dev/null/data', 'DISPLAY': '', 'PYTHONPATH': ROOT,
            'https_proxy': 'http://127.0.0.1:9', 'TMPDIR': str(tmp_path), 'WAYLAND_DISPLAY': ''}
     child = subprocess.run([sys.executable, '-c', code], env=env, cwd=tmp_path, capture_output=True, text=True,
                            timeout=300)
     out = child.stdout
-    assert (child.returncode, child.stderr) == (0, '') and 'its own end' not in out
+    assert (child.returncode, child.stderr) == (0, '') and 'its own end' not in out and 'in the buffer' in out
     assert re.search(r'^WARNING: MNIST cannot be had from OpenML .*digits', out, re.M)
     assert [line[:2] for line in lines(out)] == [('0', '10'), ('0', '15'), ('1', '10'), ('1', '15')]
     assert "batch_size=100 " in out and 'device: cpu(0); ' in out and out.count('no window') == 1
