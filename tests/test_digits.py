@@ -146,6 +146,17 @@ def test_each_warning_comes_once_and_in_time(few, monkeypatch, course, expected,
     assert counts == []
 
 
+def test_a_log_that_is_cut_in_a_count(run, copied):
+    """By a full disk and a kill: the row does not count when the next epoch is judged."""
+    s = copied('plain', sample=0, epochs=3, mnist_path=run('plain')[0].mnist_path)
+    log = os.path.join(newest(s.out), 'log.csv')
+    lines = open(log).read().splitlines()
+    cut = lines[-1].split(',')[:lines[0].split(',').index('kl') + 1]
+    open(log, 'w').write('\n'.join([*lines[:-1], ','.join(cut)]))
+    assert 'epoch: 2 digits: ' in printed(s)
+    assert [bool(row['median']) for row in rows(s.out) if row['kl']] == [True, False, True]
+
+
 # ---------------------------------------------------------------- conditional
 
 def test_what_a_conditional_d_is_shown(few, monkeypatch):
