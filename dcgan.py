@@ -88,7 +88,7 @@ def misuse(message):
 
 
 def check(s):
-    """Raise ValueError for settings that cannot work, before any long work: one line each."""
+    """Before any long work, raise ValueError for a setting that cannot work, and warn of those that have no effect."""
     def must(right, name, rule):
         if not right:
             raise ValueError(f'{name} = {getattr(s, name)!r}: must be {rule}')
@@ -117,10 +117,6 @@ def check(s):
     must(s.resume or not s.sample, 'sample', "0, or resume 'latest', a run's folder or an epoch's .params")
     if s.digits and not s.conditional:
         misuse(f'digits = {s.digits!r}: without conditional = True G makes what it likes')
-
-
-def warn_of_no_effect(s):
-    """Say where a setting that is not as it comes has no effect beside the others."""
     pictures, several = s.dataset == 'imagenet', s.kvstore == 'dist_sync' or len(s.ctx) > 1
     for name, usual, has_effect, needs in (
             ('mnist_path', '', s.dataset == 'mnist', "dataset = 'mnist'"),
@@ -219,6 +215,10 @@ def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
     for mod in (modG, modD):
         mod.init_params(mx.init.Normal(0.02))
         mod.init_optimizer(kv, 'adam', {'learning_rate': s.lr, 'beta1': s.beta1, 'wd': 0.})
+        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # one a device
+            # Adam's moments, which MXNet would make at the first step: a state has to find them
+            mod._updater.states[i] = mod._optimizer.create_state(i, weight)
+            mod._updater.states_synced[i] = True
     modDx = mx.mod.Module(dloss, data_names=inputs, label_names=('label',), context=list(s.ctx),
                           fixed_param_names=modD._param_names)
     modDx.bind(data_shapes, modD.label_shapes, inputs_need_grad=True, shared_module=modD)
@@ -310,7 +310,12 @@ def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
     for mod in modules if s.monitor else ():
         mod.install_monitor(monitor)
     while run.epoch < s.epochs and not run.stopping:
-        begin_epoch(s, run, train_iter, rand_iter)
+        mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * run.kv.rank)  # each worker has latents of its own
+        train_iter.reset()
+        train_iter.skip(run.iteration)
+        for _ in range(run.iteration):
+            rand_iter.next()
+        run.tic = time.monotonic()  # pictures, counting and saving are no part of the speed
         while run.iteration < run.num_batches and not run.stopping:
             in_head_start = run.epoch * run.num_batches + run.iteration < s.head_start
             for mod in modules[:2]:  # the small lr alone shows noise for an epoch, the large one ends in a collapse
@@ -333,23 +338,11 @@ def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
         arrays = network_arrays(modules, mean)
         for name, array in arrays.items():
             run.check_finite(name, array)
-        ended = run.iteration >= run.num_batches
-        if ended:
+        if run.iteration >= run.num_batches:
             run.epoch, run.iteration = run.epoch + 1, 0
         save(s, run, modules, mean, arrays)  # first: a run that is killed while it counts has lost nothing
-        if ended and not run.stopping:
+        if not run.stopping:
             finish_epoch(s, run, modules[0], mean, coverage)
-
-
-def begin_epoch(s, run, train_iter, rand_iter):
-    """Bring the random numbers and the iterators to where the run stands in its epoch."""
-    mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * run.kv.rank)  # each worker has latents of its own
-    train_iter.reset()
-    done = min(run.iteration, run.num_batches)
-    train_iter.skip(done)
-    for _ in range(done):
-        rand_iter.next()
-    run.tic = time.monotonic()  # pictures, counting and saving are no part of the speed
 
 
 def show_pictures(s, run, mean, fakes, diff, batch, rbatch):
@@ -361,11 +354,11 @@ def show_pictures(s, run, mean, fakes, diff, batch, rbatch):
     run.last_shown = time.monotonic()
     gradient = diff.asnumpy()
     gradient = (gradient - gradient.mean()) / (gradient.std() or 1)
-    classes = [None] * 3
-    if s.conditional:
-        classes = [array.asnumpy().astype(int) for array in (rbatch.label[0], rbatch.label[0], batch.data[1])]
-    for title, X, of in zip(('gout', 'diff', 'data'), (fakes.asnumpy(), gradient, batch.data[0].asnumpy()), classes):
-        visual.visual(title, X, run.folder, s.display, of, len(run.class_names))
+    reals, *real_classes = batch.data
+    for title, X, of in (('gout', fakes.asnumpy(), rbatch.label), ('diff', gradient, rbatch.label),
+                         ('data', reals.asnumpy(), real_classes)):
+        classes = of[0].asnumpy().astype(int) if s.conditional else None
+        visual.visual(title, X, run.folder, s.display, classes, len(run.class_names))
     lines = [row for row in run.rows if 'facc' in row]
     iterations = np.array([row['epoch'] * run.num_batches + row['iteration'] for row in lines])
     curves = {f'entropy of {net}': np.array([row[f'fentropy_{net}'] for row in lines]) for net in 'GD'}
@@ -381,24 +374,21 @@ def save_mosaic(s, run, mean, title):
 
 
 def finish_epoch(s, run, modG, mean, coverage):
-    """Leave a mosaic, the film and a count of the epoch that has ended, as far as they are not there yet."""
-    epoch = run.epoch - 1
-    if not run.folder or epoch < 0:
-        return
-    if not (run.folder / f'gout-{epoch:04d}.png').exists():
+    """Leave a mosaic, the film and a count of the epoch that has ended, as far as they are not there yet.
+
+    Warn, once each, where G is being lost.
+    """
+    epoch, names = run.epoch - 1, run.class_names
+    if run.folder and not (run.folder / f'gout-{epoch:04d}.png').exists():
         save_mosaic(s, run, mean, f'gout-{epoch:04d}')
         visual.film(run.folder)
-    if coverage and not any(row['epoch'] == epoch and 'kl' in row for row in run.rows):
-        n = coverage.num_images
-        classes = np.resize(coverage.y, n) if s.conditional else None  # with the shares of the real ones
-        latents = fixed_latents(s.seed, n, s.Z)
-        # the mean is what is shown, but it is late to tell where G is going: G itself is judged, too
-        print_count(s, run, coverage, *(coverage.count(generate(mod, latents, classes)) for mod in (mean.mod, modG)))
-
-
-def print_count(s, run, coverage, row, weights):
-    """Print and log the count of an epoch; `weights`: that of G itself. Warn, once each, where G is being lost."""
-    epoch, names = run.epoch - 1, run.class_names
+    counted = any(row['epoch'] == epoch and 'kl' in row for row in run.rows)
+    if not run.folder or not coverage or counted:
+        return
+    latents = fixed_latents(s.seed, coverage.num_images, s.Z)
+    classes = np.resize(coverage.y, len(latents)) if s.conditional else None  # with the shares of the real ones
+    # the mean is what is shown, but it is late to tell where G is going: G itself is judged, too
+    row, weights = (coverage.count(generate(mod, latents, classes)) for mod in (mean.mod, modG))
     shares = ' '.join(f'{100 * row[f"share_{name}"]:.0f}' for name in names)
     print(f'epoch: {epoch} digits: {row["digits"]} of {len(names)}, shares: {shares} %, '
           f'confidence: {row["confidence"]:.2f}, KL: {row["kl"]:.3f}' + (f', FD: {row["fd"]:.2f}' if row['fd'] else ''))
@@ -505,14 +495,13 @@ class Run:
                              f'before); last good state: {self.saved or "none"}; try a smaller lr')
 
     def read_log(self, path):
-        """Take the rows of a log up to where the run stands. What cannot be read is left out."""
-        with contextlib.suppress(OSError, ValueError, csv.Error), path.open(newline='') as file:
+        """Take the rows of a log up to where the run stands, or to the first one that cannot be read."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, csv.Error), path.open(newline='') as file:
             for row in csv.DictReader(file):
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    row = {name: float(row[name]) for name in self.columns if row.get(name)}
-                    row.update(epoch=int(row['epoch']), iteration=int(row['iteration']))
-                    if (row['epoch'], row['iteration']) <= (self.epoch, self.iteration):
-                        self.rows.append(row)
+                row = {name: float(row[name]) for name in self.columns if row.get(name)}
+                row.update(epoch=int(row['epoch']), iteration=int(row['iteration']))
+                if (row['epoch'], row['iteration']) <= (self.epoch, self.iteration):
+                    self.rows.append(row)
 
     def add_row(self, **row):
         """Append a row to the log. It is written anew where a run begins or goes on, and after a failure."""
@@ -521,13 +510,13 @@ class Run:
         if not self.folder:
             return
         path = self.folder / 'log.csv'
-        whole, self.log_is_whole = self.log_is_whole and path.exists(), False  # until the row is there
+        append = self.log_is_whole and path.exists()
+        self.log_is_whole = False  # until the row is there
+        lines = self.rows[-1:] if append else [dict(zip(self.columns, self.columns)), *self.rows]
         try:
-            with path.open('a', newline='') if whole else whole_file(path, 'w') as file:
-                writer = csv.DictWriter(file, self.columns, lineterminator='\n')
-                if not whole:
-                    writer.writeheader()
-                writer.writerows(self.rows[-1:] if whole else self.rows)
+            with path.open('ab') if append else whole_file(path) as file:
+                for row in lines:
+                    file.write(','.join(str(row.get(name, '')) for name in self.columns).encode() + b'\n')
             self.log_is_whole = True
         except OSError as error:
             visual.warn_once('log', f'WARNING: {path} cannot be written ({error}); the run goes on')
@@ -539,10 +528,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def whole_file(path, mode='wb'):
+def whole_file(path):
     """A file to write. It gets its name when it is whole and on the disk; before, it is `tmp` in the same folder."""
     path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have renamed it
-    with path.with_name('tmp').open(mode, newline='' if mode == 'w' else None) as file:
+    with path.with_name('tmp').open('wb') as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -577,24 +566,29 @@ def save(s, run, modules, mean, arrays):
             with whole_file(path) as file:
                 mx.nd.save(file.name, params)
                 mx.nd.load(file.name)  # MXNet does not notice every full disk
-        for old in list_states(run.folder)[2:]:
+        for old in sorted(run.folder.glob('state-*-*.npz'))[:-2]:
             old.unlink()
     except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
         print(f'WARNING: {path} is not saved: {data.last_line(error)}; the run goes on')
 
 
-def network_arrays(modules, mean):
-    """{name: NumPy array} of both networks, from their first device: parameters, moving averages, Adam's moments, and
-    the mean of G."""
-    mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
+def state_arrays(modules, mean):
+    """{name: its copy on each device} of what training changes: parameters, moving averages, moments, the mean of G."""
     arrays = {}
     for mod, end in ((modules[0], ''), (modules[1], ''), (mean.mod, '_average')):
-        arrays.update({name + end: copies[0].asnumpy() for name, copies in named_arrays(mod).items()})
+        arrays.update({name + end: copies for name, copies in named_arrays(mod).items()})
     for mod in modules[:2]:
+        devices = len(mod._context)
         for i, name in enumerate(mod._param_names):
-            moments = mod._updater.states[i * len(mod._context)]
-            arrays[f'{name}_mean'], arrays[f'{name}_var'] = (moment.asnumpy() for moment in moments)
+            moments = [mod._updater.states[i * devices + device] for device in range(devices)]
+            arrays[f'{name}_mean'], arrays[f'{name}_var'] = zip(*moments)
     return arrays
+
+
+def network_arrays(modules, mean):
+    """{name: NumPy array} of the same, from the first device."""
+    mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
+    return {name: copies[0].asnumpy() for name, copies in state_arrays(modules, mean).items()}
 
 
 def new_folder(path):
@@ -620,11 +614,6 @@ def lock(folder, stack):
         print(f'WARNING: {folder} cannot be locked ({error}): let no other run use it')
 
 
-def list_states(folder):
-    """The paths of a run's states, newest first."""
-    return sorted(folder.glob('state-*-*.npz'), reverse=True)
-
-
 def find_state(path, rename=False):
     """The newest state in a run's folder that can be read, or what is in a file: a state, or an epoch's .params.
 
@@ -632,7 +621,7 @@ def find_state(path, rename=False):
     give it, ValueError where there is none. `rename`: a damaged one, so that it does not count among the newest two.
     """
     path = pathlib.Path(path)
-    for file in [path] if path.is_file() else list_states(path):
+    for file in [path] if path.is_file() else sorted(path.glob('state-*-*.npz'), reverse=True):
         file.open('rb').close()
         try:
             about, arrays = read_params(file) if file.suffix == '.params' else read_state(file)
@@ -656,13 +645,15 @@ def read_state(path):
 
 
 def read_params(path):
-    """The same of an epoch's .params of G and D, or of the mean of G, without Adam's moments and step count."""
+    """The same of an epoch's .params of G and D, or of the mean of G: that mean and Adam begin anew with them."""
     prefix, net, stamp, epoch = re.fullmatch('(.*)_(Gmean|G|D)_(.*)-([0-9]+).params', str(path)).groups()
     arrays = {}
     for other in ['Gmean'] if net == 'Gmean' else ['G', 'D']:
-        file = pathlib.Path(f'{prefix}_{other}_{stamp}-{epoch}.params')
-        if other != 'D' or file.exists():  # samples need no D
-            arrays.update({key.split(':')[-1]: array.asnumpy() for key, array in mx.nd.load(str(file)).items()})
+        file = f'{prefix}_{other}_{stamp}-{epoch}.params'
+        for key, array in mx.nd.load(file).items() if os.path.exists(file) else ():
+            name, array = key.split(':')[-1], array.asnumpy()
+            arrays[name] = arrays[f'{name}_average'] = array
+            arrays[f'{name}_mean'] = arrays[f'{name}_var'] = np.zeros_like(array)
     symbol = mx.sym.load(f'{prefix}_G_{stamp}-symbol.json')
     class_names = json.loads(symbol.attr_dict().get('rand', {}).get('__classes__', '[]'))
     about = dict(epoch=int(epoch) + 1, iteration=0, num_update=0, average_count=0, seconds=0, class_names=class_names)
@@ -681,21 +672,14 @@ def restore(s, run, modules, mean, about, arrays):
             print(f'WARNING: {name} was {was[name]!r} and is {now[name]!r}: it goes on, but is not the same run')
     if about.get('checksum', run.checksum) != run.checksum:
         raise ValueError(f"{about['path']}: trained with other data; to go on with these, resume an epoch's .params")
-    for mod, end in ((modules[0], ''), (modules[1], ''), (mean.mod, '_average')):
-        for name, copies in named_arrays(mod).items():
-            array = arrays.get(name + end, arrays.get(name))  # from .params the mean begins at the weights
-            if array is None or array.shape != copies[0].shape:
-                raise ValueError(f'{about["path"]}: is of other networks than the settings, or for sample only: {name} '
-                                 'does not fit')
-            for copy in copies:  # one a device
-                copy[:] = array
-    for mod in modules[:2]:
-        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # one a device
-            name, zeros = mod._param_names[i // len(mod._context)], np.zeros(weight.shape)
-            mod._updater.states[i] = tuple(mx.nd.array(arrays.get(name + end, zeros), weight.context, np.float32)
-                                           for end in ('_mean', '_var'))
-            mod._updater.states_synced[i] = True
-        mod._optimizer.begin_num_update = mod._optimizer.num_update = about['num_update']  # for Adam's bias correction
+    for name, copies in state_arrays(modules, mean).items():
+        if name not in arrays or arrays[name].shape != copies[0].shape:
+            raise ValueError(f'{about["path"]}: is of other networks than the settings, or for sample only: {name} '
+                             'does not fit')
+        for copy in copies:
+            copy[:] = arrays[name]
+    for mod in modules[:2]:  # for Adam's bias correction
+        mod._optimizer.begin_num_update = mod._optimizer.num_update = about['num_update']
     mean.count = about['average_count']
     if 'settings' not in about:
         print(f"a new run begins with {about['path']}: Adam's moments and step count begin at zero")
@@ -732,8 +716,7 @@ def load_generator(s, size):
     about, arrays = find_state(s.resume)
     if 'g1_weight' not in arrays:
         raise ValueError(f'{about["path"]}: has no G')
-    end = '_average' if 'g1_weight_average' in arrays else ''
-    params = {name[:len(name) - len(end)]: mx.nd.array(arrays[name]) for name in arrays if name.endswith(end)}
+    params = {name[:-len('_average')]: mx.nd.array(arrays[name]) for name in arrays if name.endswith('_average')}
     ngf, filters = params['g5_weight'].shape[:2]
     symbol, _ = make_dcgan_sym(ngf, 1, 3 if filters == 3 else 1)
     modG = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
@@ -741,7 +724,7 @@ def load_generator(s, size):
     modG.init_params(None, params, params)
     class_names = about['class_names'] if about.get('settings', {'conditional': True})['conditional'] else []
     called = f'sample-{about["epoch"] - (about["iteration"] == 0):04d}'
-    if not end and '_Gmean_' not in about['path'].name:
+    if about['path'].suffix == '.params' and '_Gmean_' not in about['path'].name:
         called += '-weights'
     return modG, class_names, about['path'], called
 
@@ -924,7 +907,6 @@ def train(settings):
             stack.callback(visual.close)
             stack.enter_context(contextlib.redirect_stdout(stop))
             check(s)
-            warn_of_no_effect(s)
             if s.resume == 'latest':
                 states = list(pathlib.Path(s.out).glob('*/state-*-*.npz'))
                 if not states:
