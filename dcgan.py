@@ -200,8 +200,8 @@ def fentropy(label, pred):
 def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
     """G, D, and D's twin, which finds input gradients only, a tenth less work in step 7; with their optimisers.
 
-    The twin shares D's parameters, moving averages and activations. Parameters: the shapes that the iterators provide;
-    MXNet's key-value store, or its kind; the names of the classes, which go into G's symbol, and so on the disk.
+    The twin shares D's parameters, moving averages and activations. Parameters: what the iterators provide; MXNet's
+    key-value store, or its kind; the names of the classes, which go into G's symbol, and so on the disk.
     """
     gout, dloss = make_dcgan_sym(s.ngf, s.ndf, s.nc, d1_bias=s.d1_bias, classes=len(class_names) * s.conditional)
     if s.conditional:
@@ -299,11 +299,7 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1, pos_label):
 # ---------------------------------------------------------------- the loop
 
 def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
-    """Train until `s.epochs` are done, or until a process of the run is asked to stop.
-
-    Parameters: the settings; what `make_modules` returns; `MeanG`; the iterators over real and over latent batches;
-    `Run`, which knows where to begin; `data.Coverage` or None.
-    """
+    """Train, from where `run` stands, until `s.epochs` are done or a process of the run is asked to stop."""
     labels = [mx.nd.full(s.batch_size, label, s.ctx[0]) for label in (0, 1, s.pos_label)]
     # of each layer's output and of `diff`: the root mean square
     monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='(?!.*backward).*output|d1_backward_output0', sort=True)
@@ -374,10 +370,7 @@ def save_mosaic(s, run, mean, title):
 
 
 def finish_epoch(s, run, modG, mean, coverage):
-    """Leave a mosaic, the film and a count of the epoch that has ended, as far as they are not there yet.
-
-    Warn, once each, where G is being lost.
-    """
+    """Leave what is missing of an epoch's mosaic, film and count of digits, and warn where G is being lost."""
     epoch, names = run.epoch - 1, run.class_names
     if run.folder and not (run.folder / f'gout-{epoch:04d}.png').exists():
         save_mosaic(s, run, mean, f'gout-{epoch:04d}')
@@ -417,10 +410,7 @@ MEASURES = ['confidence', 'fd', 'median', 'asked', 'asked_worst']  # of what the
 
 
 class Stop(io.TextIOBase):
-    """Whether this process is asked to end its run: by a signal, by q, or by a pipe that nobody reads any more.
-
-    It also stands for stdout while a run lasts, so that all that is printed goes through `write`.
-    """
+    """Knows whether a signal, q, or a pipe that nobody reads asks the run to stop; stands for stdout while it lasts."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one: Slurm's --signal
     signum = asked_at = 0  # the signal that asked, and when
@@ -469,8 +459,15 @@ class Run:
                         *(f'share_{name}' for name in self.class_names), 'digits', 'kl',
                         *MEASURES, *(f'{name}_weights' for name in MEASURES)]
         self.rows, self.log_is_whole = [], False
-        if folder and about['path']:
-            self.read_log(about['path'].with_name('log.csv'))
+        if not folder or not self.saved:
+            return
+        unreadable = (OSError, ValueError, TypeError, KeyError, csv.Error)
+        with contextlib.suppress(*unreadable), self.saved.with_name('log.csv').open(newline='') as file:
+            for row in csv.DictReader(file):
+                row = {name: float(row[name]) for name in self.columns if row.get(name)}
+                row.update(epoch=int(row['epoch']), iteration=int(row['iteration']))
+                if (row['epoch'], row['iteration']) <= (self.epoch, self.iteration):
+                    self.rows.append(row)
 
     def print_line(self):
         """Print a line for the iterations since the last one, and append it to the log."""
@@ -493,15 +490,6 @@ class Run:
         if not np.isfinite(array).all():
             raise ValueError(f'{name} is not finite at epoch {self.epoch}, iteration {self.iteration} (or shortly '
                              f'before); last good state: {self.saved or "none"}; try a smaller lr')
-
-    def read_log(self, path):
-        """Take the rows of a log up to where the run stands, or to the first one that cannot be read."""
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, csv.Error), path.open(newline='') as file:
-            for row in csv.DictReader(file):
-                row = {name: float(row[name]) for name in self.columns if row.get(name)}
-                row.update(epoch=int(row['epoch']), iteration=int(row['iteration']))
-                if (row['epoch'], row['iteration']) <= (self.epoch, self.iteration):
-                    self.rows.append(row)
 
     def add_row(self, **row):
         """Append a row to the log. It is written anew where a run begins or goes on, and after a failure."""
@@ -539,8 +527,7 @@ def whole_file(path):
 
 
 def save(s, run, modules, mean, arrays):
-    """Write what the run needs to go on, keep the newest two of these states, and write an epoch's networks in MXNet's
-    own format. `arrays`: of `network_arrays`.
+    """Write a state, of which the newest two stay, and at an epoch's end the networks in MXNet's own format.
 
     What fails is said, and does not end the run: the disk may have room again later.
     """
@@ -548,7 +535,8 @@ def save(s, run, modules, mean, arrays):
         return
     about = dict(epoch=run.epoch, iteration=run.iteration, seconds=time.monotonic() - run.start,
                  num_update=modules[0]._optimizer.num_update, average_count=mean.count, checksum=run.checksum,
-                 class_names=run.class_names, settings=dict(vars(s), workers=run.kv.num_workers), names=list(arrays),
+                 class_names=run.class_names if s.conditional else [], names=list(arrays),
+                 settings=dict(vars(s), workers=run.kv.num_workers),
                  versions=dict(mxnet=mx.__version__, numpy=np.__version__, python=sys.version))
     path = run.folder / f'state-{run.epoch:04d}-{run.iteration:06d}.npz'
     try:
@@ -622,9 +610,15 @@ def find_state(path, rename=False):
     """
     path = pathlib.Path(path)
     for file in [path] if path.is_file() else sorted(path.glob('state-*-*.npz'), reverse=True):
-        file.open('rb').close()
+        content = file.read_bytes()
         try:
-            about, arrays = read_params(file) if file.suffix == '.params' else read_state(file)
+            if file.suffix == '.params':
+                return read_params(file)
+            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            about = json.loads(str(arrays.pop('about')))
+            if about['names'] != list(arrays):  # after a flipped bit in its directory NumPy finds fewer
+                raise ValueError('arrays are missing')
             return dict(about, path=file), arrays
         except Exception as error:  # NumPy, zipfile and MXNet have a dozen kinds for a flipped bit
             print(f'WARNING: {file}: is damaged, or not of this program ({data.last_line(error)})')
@@ -633,19 +627,8 @@ def find_state(path, rename=False):
     raise ValueError(f"resume: {path} has no state to go on from; set 'latest', a run's folder or a file in it")
 
 
-def read_state(path):
-    """What a state-....npz remembers of its run, and {name: array}. Raises whatever NumPy raises."""
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    about = json.loads(str(arrays.pop('about')))
-    if about['names'] != list(arrays):  # after a flipped bit in the archive's directory NumPy loads fewer
-        raise ValueError('arrays are missing')
-    about.update({name: int(about[name]) for name in ('epoch', 'iteration', 'num_update', 'average_count', 'seconds')})
-    return dict(about, settings=dict(about['settings'])), arrays
-
-
 def read_params(path):
-    """The same of an epoch's .params of G and D, or of the mean of G: that mean and Adam begin anew with them."""
+    """What `find_state` returns, of an epoch's .params of G and D, or of the mean of G. Mean and Adam begin anew."""
     prefix, net, stamp, epoch = re.fullmatch('(.*)_(Gmean|G|D)_(.*)-([0-9]+).params', str(path)).groups()
     arrays = {}
     for other in ['Gmean'] if net == 'Gmean' else ['G', 'D']:
@@ -656,8 +639,8 @@ def read_params(path):
             arrays[f'{name}_mean'] = arrays[f'{name}_var'] = np.zeros_like(array)
     symbol = mx.sym.load(f'{prefix}_G_{stamp}-symbol.json')
     class_names = json.loads(symbol.attr_dict().get('rand', {}).get('__classes__', '[]'))
-    about = dict(epoch=int(epoch) + 1, iteration=0, num_update=0, average_count=0, seconds=0, class_names=class_names)
-    return about, arrays
+    return dict(path=path, epoch=int(epoch) + 1, iteration=0, num_update=0, average_count=0, seconds=0,
+                class_names=class_names), arrays
 
 
 def restore(s, run, modules, mean, about, arrays):
@@ -708,45 +691,36 @@ def generate(modG, latents, classes=None):
         yield modG.get_outputs()[0].asnumpy()[:n - start], None if classes is None else classes[part]
 
 
-def load_generator(s, size):
-    """G for batches of that size from what `resume` names: the mean of G, or of an epoch's _G_....params G itself.
-
-    Returns it, the names of its classes, the file's path, and what to call its images.
-    """
-    about, arrays = find_state(s.resume)
+def load_generator(about, arrays, ctx, batch_size):
+    """G for batches of that size, by its mean in a state, or by what an epoch's .params are of."""
     if 'g1_weight' not in arrays:
         raise ValueError(f'{about["path"]}: has no G')
     params = {name[:-len('_average')]: mx.nd.array(arrays[name]) for name in arrays if name.endswith('_average')}
     ngf, filters = params['g5_weight'].shape[:2]
     symbol, _ = make_dcgan_sym(ngf, 1, 3 if filters == 3 else 1)
-    modG = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
-    modG.bind([('rand', (size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
+    modG = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=ctx)
+    modG.bind([('rand', (batch_size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
     modG.init_params(None, params, params)
-    class_names = about['class_names'] if about.get('settings', {'conditional': True})['conditional'] else []
-    called = f'sample-{about["epoch"] - (about["iteration"] == 0):04d}'
-    if about['path'].suffix == '.params' and '_Gmean_' not in about['path'].name:
-        called += '-weights'
-    return modG, class_names, about['path'], called
-
-
-def chosen_classes(s, class_names):
-    """The classes from 0 on that `digits` asks for by their names. Raises ValueError where there is no such name."""
-    names = [name.strip() for name in s.digits.split(',')] if ',' in s.digits else list(s.digits)
-    if names and not class_names:
-        misuse(f'digits = {s.digits!r}: that run is not conditional, and its G makes what it likes')
-    for name in names:
-        if name not in class_names:
-            raise ValueError(f'digits = {s.digits!r}: there is no {name!r}, but {", ".join(class_names)}')
-    return [class_names.index(name) for name in names or class_names]
+    return modG
 
 
 def make_samples(s):
     """Write a mosaic, single images, and a walk between latent points, under names that are not there yet."""
     size = min(s.sample, s.batch_size)
     data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1], batch_size=size))
-    modG, class_names, path, called = load_generator(s, size)
-    chosen = chosen_classes(s, class_names)
+    about, arrays = find_state(s.resume)
+    modG, path, class_names = load_generator(about, arrays, s.ctx[0], size), about['path'], about['class_names']
+    names = [name.strip() for name in s.digits.split(',')] if ',' in s.digits else list(s.digits)
+    if names and not class_names:
+        misuse(f'digits = {s.digits!r}: that run is not conditional, and its G makes what it likes')
+    for name in names:
+        if name not in class_names:
+            raise ValueError(f'digits = {s.digits!r}: there is no {name!r}, but {", ".join(class_names)}')
+    chosen = [class_names.index(name) for name in names or class_names]
     Z = modG.data_shapes[0].shape[1] - len(class_names)
+    called = f'sample-{about["epoch"] - (about["iteration"] == 0):04d}'
+    if path.suffix == '.params' and '_Gmean_' not in path.name:
+        called += '-weights'
     try:
         folder = new_folder(path.with_name(called))
     except OSError as error:
