@@ -174,14 +174,6 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12,
     return gout, dloss
 
 
-def print_network(s, title, mod, folder):
-    """Print how many parameters a network has; with `plot`, draw it."""
-    print(f'{title}: {sum(copies[0].size for copies in mod._exec_group.param_arrays):,} parameters')
-    if s.plot and folder and shutil.which('dot'):
-        shapes = dict(mod.data_shapes + (mod.label_shapes or []))
-        mx.viz.plot_network(mod.symbol, shape=shapes, save_format='png').render(f'{folder}/net_{title}', cleanup=True)
-
-
 # ---------------------------------------------------------------- the metrics
 
 def facc(label, pred):
@@ -372,12 +364,16 @@ def save_mosaic(s, run, mean, title):
 def finish_epoch(s, run, modG, mean, coverage):
     """Leave what is missing of an epoch's mosaic, film and count of digits, and warn where G is being lost."""
     epoch, names = run.epoch - 1, run.class_names
-    if run.folder and not (run.folder / f'gout-{epoch:04d}.png').exists():
-        save_mosaic(s, run, mean, f'gout-{epoch:04d}')
-        visual.film(run.folder)
-    counted = any(row['epoch'] == epoch and 'kl' in row for row in run.rows)
-    if not run.folder or not coverage or counted:
+    if not run.folder:
         return
+    if not (run.folder / f'gout-{epoch:04d}.png').exists():
+        save_mosaic(s, run, mean, f'gout-{epoch:04d}')
+    visual.film(run.folder)
+    if not coverage or any(row['epoch'] == epoch and 'kl' in row for row in run.rows):
+        return
+    for copies in modG._exec_group.aux_arrays:  # as in a run that goes on, for which the first device's are kept
+        for moving_average in copies[1:]:
+            moving_average[:] = copies[0]
     latents = fixed_latents(s.seed, coverage.num_images, s.Z)
     classes = np.resize(coverage.y, len(latents)) if s.conditional else None  # with the shares of the real ones
     # the mean is what is shown, but it is late to tell where G is going: G itself is judged, too
@@ -389,7 +385,7 @@ def finish_epoch(s, run, modG, mean, coverage):
         print(f'epoch: {epoch} digits as asked: {100 * row["asked"]:.1f} %, worst: {100 * row["asked_worst"]:.1f} %')
     row.update({f'{name}_weights': weights.get(name) for name in MEASURES})
     run.add_row(**{**row, 'epoch': epoch, 'iteration': run.num_batches})
-    counts = [row for row in run.rows if 'kl' in row]
+    counts = [count for count in run.rows if count.keys() >= run.rows[-1].keys()]  # some may be cut, or without FD
     grey = coverage.real_median + 10
     if min(count['median'] for count in counts) <= grey < max(row['median'], row['median_weights']):
         visual.warn_once('grey', 'WARNING: the background turns grey: set d1_bias = True, or a smaller lr')
@@ -461,13 +457,13 @@ class Run:
         self.rows, self.log_is_whole = [], False
         if not folder or not self.saved:
             return
-        unreadable = (OSError, ValueError, TypeError, KeyError, csv.Error)
-        with contextlib.suppress(*unreadable), self.saved.with_name('log.csv').open(newline='') as file:
+        with contextlib.suppress(OSError, ValueError, csv.Error), self.saved.with_name('log.csv').open() as file:
             for row in csv.DictReader(file):
-                row = {name: float(row[name]) for name in self.columns if row.get(name)}
-                row.update(epoch=int(row['epoch']), iteration=int(row['iteration']))
-                if (row['epoch'], row['iteration']) <= (self.epoch, self.iteration):
-                    self.rows.append(row)
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    row = {name: float(row[name]) for name in self.columns if row[name] != ''}  # None: a row cut short
+                    row.update(epoch=int(row['epoch']), iteration=int(row['iteration']))
+                    if (row['epoch'], row['iteration']) <= (self.epoch, self.iteration):
+                        self.rows.append(row)
 
     def print_line(self):
         """Print a line for the iterations since the last one, and append it to the log."""
@@ -617,8 +613,12 @@ def find_state(path, rename=False):
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
             about = json.loads(str(arrays.pop('about')))
-            if about['names'] != list(arrays):  # after a flipped bit in its directory NumPy finds fewer
-                raise ValueError('arrays are missing')
+            for name in ('epoch', 'iteration', 'num_update', 'average_count', 'seconds'):
+                about[name] = int(about[name])
+            missing = {*SAME_NETWORKS, *SAME_RUN, 'workers'} - about['settings'].keys()
+            # after a flipped bit in the archive's directory NumPy finds fewer arrays
+            if about['names'] != list(arrays) or missing or 'class_names' not in about:
+                raise ValueError('something is missing')
             return dict(about, path=file), arrays
         except Exception as error:  # NumPy, zipfile and MXNet have a dozen kinds for a flipped bit
             print(f'WARNING: {file}: is damaged, or not of this program ({data.last_line(error)})')
@@ -629,15 +629,15 @@ def find_state(path, rename=False):
 
 def read_params(path):
     """What `find_state` returns, of an epoch's .params of G and D, or of the mean of G. Mean and Adam begin anew."""
-    prefix, net, stamp, epoch = re.fullmatch('(.*)_(Gmean|G|D)_(.*)-([0-9]+).params', str(path)).groups()
+    dataset, net, stamp, epoch = re.fullmatch('(.*?)_(Gmean|G|D)_(.*)-([0-9]+).params', path.name).groups()
     arrays = {}
     for other in ['Gmean'] if net == 'Gmean' else ['G', 'D']:
-        file = f'{prefix}_{other}_{stamp}-{epoch}.params'
-        for key, array in mx.nd.load(file).items() if os.path.exists(file) else ():
+        file = path.with_name(f'{dataset}_{other}_{stamp}-{epoch}.params')
+        for key, array in mx.nd.load(str(file)).items() if file.exists() else ():  # samples need no D
             name, array = key.split(':')[-1], array.asnumpy()
             arrays[name] = arrays[f'{name}_average'] = array
             arrays[f'{name}_mean'] = arrays[f'{name}_var'] = np.zeros_like(array)
-    symbol = mx.sym.load(f'{prefix}_G_{stamp}-symbol.json')
+    symbol = mx.sym.load(str(path.with_name(f'{dataset}_G_{stamp}-symbol.json')))
     class_names = json.loads(symbol.attr_dict().get('rand', {}).get('__classes__', '[]'))
     return dict(path=path, epoch=int(epoch) + 1, iteration=0, num_update=0, average_count=0, seconds=0,
                 class_names=class_names), arrays
@@ -691,26 +691,21 @@ def generate(modG, latents, classes=None):
         yield modG.get_outputs()[0].asnumpy()[:n - start], None if classes is None else classes[part]
 
 
-def load_generator(about, arrays, ctx, batch_size):
-    """G for batches of that size, by its mean in a state, or by what an epoch's .params are of."""
-    if 'g1_weight' not in arrays:
-        raise ValueError(f'{about["path"]}: has no G')
-    params = {name[:-len('_average')]: mx.nd.array(arrays[name]) for name in arrays if name.endswith('_average')}
-    ngf, filters = params['g5_weight'].shape[:2]
-    symbol, _ = make_dcgan_sym(ngf, 1, 3 if filters == 3 else 1)
-    modG = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=ctx)
-    modG.bind([('rand', (batch_size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
-    modG.init_params(None, params, params)
-    return modG
-
-
 def make_samples(s):
     """Write a mosaic, single images, and a walk between latent points, under names that are not there yet."""
     size = min(s.sample, s.batch_size)
     data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1], batch_size=size))
     about, arrays = find_state(s.resume)
-    modG, path, class_names = load_generator(about, arrays, s.ctx[0], size), about['path'], about['class_names']
-    names = [name.strip() for name in s.digits.split(',')] if ',' in s.digits else list(s.digits)
+    path, class_names = about['path'], about['class_names']
+    if 'g1_weight' not in arrays:
+        raise ValueError(f'{path}: has no G')
+    params = {name[:-len('_average')]: mx.nd.array(arrays[name]) for name in arrays if name.endswith('_average')}
+    ngf, filters = params['g5_weight'].shape[:2]
+    symbol, _ = make_dcgan_sym(ngf, 1, 3 if filters == 3 else 1)
+    modG = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
+    modG.bind([('rand', (size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
+    modG.init_params(None, params, params)
+    names = list(filter(None, s.digits.replace(' ', '').split(','))) if ',' in s.digits else list(s.digits)
     if names and not class_names:
         misuse(f'digits = {s.digits!r}: that run is not conditional, and its G makes what it likes')
     for name in names:
@@ -750,8 +745,8 @@ def make_samples(s):
 def join(s):
     """MXNet's key-value store: of this process alone, or with `dist_sync` of all that the DMLC_ variables name.
 
-    In a scheduler and in a server this does not return. Where a process ends in an error, the launcher (mpirun, srun)
-    has to end the others. Raises ValueError where a variable is wrong: MXNet would wait for ever.
+    A scheduler and a server end in here. Raises ValueError for a wrong variable, with which MXNet would wait for ever.
+    Where a process ends in an error, the launcher (mpirun, srun) has to end the others.
     """
     if s.kvstore != 'dist_sync':
         if data.ROLE:
@@ -769,8 +764,8 @@ def join(s):
     kv = mx.kv.create('dist_device_sync' if gpus > 1 else 'dist_sync')  # waits here for the other processes
     if data.ROLE != 'worker':
         mx.kv.KVStoreServer(kv).run()  # until the workers are done
-        sys.exit()
-    atexit.register(leave_at_once)
+        sys.exit(0)
+    atexit.register(os._exit, 1)  # after an error, where MXNet's own end would wait for the other workers
     kv.init('number', mx.nd.zeros(1))
     return kv
 
@@ -798,15 +793,7 @@ def leave(kv):
     kv._barrier()  # the first worker may still be counting digits, or saving
     mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
     kv.handle = mx.base.KVStoreHandle()
-    atexit.unregister(leave_at_once)
-
-
-def leave_at_once(status=1):
-    """End without MXNet's own end: in a cluster it would wait for the other workers, and with a GPU it may crash."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
+    atexit.unregister(os._exit)
 
 
 # ---------------------------------------------------------------- main
@@ -840,7 +827,11 @@ def run_training(s, stop, stack):
         lock(folder, stack)
     run = Run(s, folder, train_iter, kv, stop, about)
     for title, mod in zip('GD', modules):
-        print_network(s, title, mod, folder)
+        print(f'{title}: {sum(copies[0].size for copies in mod._exec_group.param_arrays):,} parameters')
+        if s.plot and folder and shutil.which('dot'):
+            plot = mx.viz.plot_network(mod.symbol, shape=dict(mod.data_shapes + (mod.label_shapes or [])),
+                                       save_format='png')
+            plot.render(f'{folder}/net_{title}', cleanup=True)
     coverage = data.Coverage(*labelled) if s.coverage and labelled else None
     print(f'data: {s.dataset}, {run.num_batches} iterations an epoch; run: {folder}')
     if coverage and folder and coverage.floor:
@@ -906,10 +897,12 @@ def main():
     except SystemExit as end:
         status = end.code
     if isinstance(status, str):
-        print(status, file=sys.stderr)
+        print(status, file=sys.stderr, flush=True)
         status = 1
-    if data.GPU_BUILD:
-        leave_at_once(status)
+    if data.GPU_BUILD:  # MXNet's own end may crash
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
 
 
