@@ -218,16 +218,19 @@ def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
 
 
 def named_arrays(mod):
-    """{name: its copy on each device} of a module's parameters and moving averages."""
-    group = mod._exec_group
-    return dict(zip(mod._param_names + mod._aux_names, group.param_arrays + group.aux_arrays))
+    """{name: its copy on each device} of a module's parameters, moving averages and, if it learns, Adam's moments."""
+    group, devices = mod._exec_group, len(mod._context)
+    arrays = dict(zip(mod._param_names + mod._aux_names, group.param_arrays + group.aux_arrays))
+    for i, name in enumerate(mod._param_names if mod.optimizer_initialized else ()):
+        moments = [mod._updater.states[i * devices + device] for device in range(devices)]
+        arrays[f'{name}_mean'], arrays[f'{name}_var'] = zip(*moments)
+    return arrays
 
 
 class MeanG:
-    """A running mean of G's weights and moving averages. What it makes is better than what G makes, and is shown.
+    """A running mean of G's weights and moving averages, in a G for inference alone: what it makes is better, and shown.
 
-    Yazıcı et al. 2019, "The Unusual Effectiveness of Averaging in GAN Training" (arXiv 1806.04498). `mod` is G once
-    more, bound for inference on the first device; training does not notice it.
+    Yazıcı et al. 2019, "The Unusual Effectiveness of Averaging in GAN Training" (arXiv 1806.04498).
     """
 
     def __init__(self, s, modG):
@@ -545,8 +548,8 @@ def save(s, run, modules, mean, arrays):
             path = run.params_path(net, run.epoch - 1)
             with whole_file(path.with_name(path.name[:-len('0000.params')] + 'symbol.json')) as file:
                 file.write(mod.symbol.tojson().encode())
-            params = {f'{kind}:{name}': mx.nd.array(arrays[name + end])
-                      for kind, names in (('arg', mod._param_names), ('aux', mod._aux_names)) for name in names}
+            params = {f'arg:{name}': mx.nd.array(arrays[name + end]) for name in mod._param_names}
+            params.update({f'aux:{name}': mx.nd.array(arrays[name + end]) for name in mod._aux_names})
             with whole_file(path) as file:
                 mx.nd.save(file.name, params)
                 mx.nd.load(file.name)  # MXNet does not notice every full disk
@@ -557,16 +560,9 @@ def save(s, run, modules, mean, arrays):
 
 
 def state_arrays(modules, mean):
-    """{name: its copy on each device} of what training changes: parameters, moving averages, moments, the mean of G."""
-    arrays = {}
-    for mod, end in ((modules[0], ''), (modules[1], ''), (mean.mod, '_average')):
-        arrays.update({name + end: copies for name, copies in named_arrays(mod).items()})
-    for mod in modules[:2]:
-        devices = len(mod._context)
-        for i, name in enumerate(mod._param_names):
-            moments = [mod._updater.states[i * devices + device] for device in range(devices)]
-            arrays[f'{name}_mean'], arrays[f'{name}_var'] = zip(*moments)
-    return arrays
+    """`named_arrays` of both networks and of the mean of G: all that training changes."""
+    average = {f'{name}_average': copies for name, copies in named_arrays(mean.mod).items()}
+    return {**named_arrays(modules[0]), **named_arrays(modules[1]), **average}
 
 
 def network_arrays(modules, mean):
