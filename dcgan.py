@@ -228,7 +228,7 @@ def named_arrays(mod):
 
 
 class MeanG:
-    """A running mean of G's weights and moving averages, in a G for inference alone: what it makes is better, and shown.
+    """A running mean of G's weights and moving averages, in a G for inference alone: what it makes is better.
 
     Yazıcı et al. 2019, "The Unusual Effectiveness of Averaging in GAN Training" (arXiv 1806.04498).
     """
@@ -784,14 +784,6 @@ def check_same(kv, *what):
                          'out must be one folder for all')
 
 
-def leave(kv):
-    """Leave together with the other workers; MXNet aborts where it is left to Python's own end."""
-    kv._barrier()  # the first worker may still be counting digits, or saving
-    mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
-    kv.handle = mx.base.KVStoreHandle()
-    atexit.unregister(os._exit)
-
-
 # ---------------------------------------------------------------- main
 
 def run_training(s, stop, stack):
@@ -845,8 +837,11 @@ def run_training(s, stop, stack):
     end = f'stopped in epoch {run.epoch} after iteration {run.iteration}' if run.stopping else 'done'
     how = "to go on: resume = 'latest'; images: resume = 'latest', sample = 64" if run.saved else 'nothing was saved'
     print(f'{end}: everything is in {folder}/; {how}')
-    if s.kvstore == 'dist_sync':
-        leave(kv)
+    if s.kvstore == 'dist_sync':  # MXNet aborts where it is left to Python's own end
+        kv._barrier()  # the first worker may still be counting digits, or saving
+        mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
+        kv.handle = mx.base.KVStoreHandle()
+        atexit.unregister(os._exit)
     if stop.signum or run.stopping:
         sys.exit(128 + (stop.signum or signal.SIGTERM))
 
