@@ -639,9 +639,9 @@ def read_params(path):
                 class_names=class_names), arrays
 
 
-def restore(s, run, modules, mean, about, arrays):
+def restore(s, workers, checksum, modules, mean, about, arrays):
     """Put modules into a state. Raises ValueError where it is of other networks or data; what else differs is said."""
-    now = dict(vars(s), workers=run.kv.num_workers)
+    now = dict(vars(s), workers=workers)
     was = about.get('settings', now)
     for name in SAME_NETWORKS:
         if was[name] != now[name]:
@@ -649,7 +649,7 @@ def restore(s, run, modules, mean, about, arrays):
     for name in (*SAME_RUN, 'workers'):
         if was[name] != now[name]:
             print(f'WARNING: {name} was {was[name]!r} and is {now[name]!r}: it goes on, but is not the same run')
-    if about.get('checksum', run.checksum) != run.checksum:
+    if about.get('checksum', checksum) != checksum:
         raise ValueError(f"{about['path']}: trained with other data; to go on with these, resume an epoch's .params")
     for name, copies in state_arrays(modules, mean).items():
         if name not in arrays or arrays[name].shape != copies[0].shape:
@@ -810,6 +810,8 @@ def run_training(s, stop, stack):
     modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data,
                            kv if s.kvstore == 'dist_sync' else s.kvstore, train_iter.class_names)
     mean = MeanG(s, modules[0])
+    if about:
+        restore(s, kv.num_workers, train_iter.checksum, modules, mean, about, arrays)
     if not folder and not kv.rank:
         folder = new_folder(pathlib.Path(s.out, f'{s.dataset}_{time.strftime("%Y_%m_%d-%H_%M")}'))
         lock(folder, stack)
@@ -828,11 +830,9 @@ def run_training(s, stop, stack):
     for signum in Stop.SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
             stack.callback(signal.signal, signum, signal.signal(signum, stop.ask))
-    if about:
-        restore(s, run, modules, mean, about, arrays)
-        if not run.iteration:  # a killed run may not have come to this
-            save(s, run, modules, mean, network_arrays(modules, mean))
-            finish_epoch(s, run, modules[0], mean, coverage)
+    if about and not run.iteration:  # a killed run may not have come to this
+        save(s, run, modules, mean, network_arrays(modules, mean))
+        finish_epoch(s, run, modules[0], mean, coverage)
     train_loop(s, modules, mean, train_iter, rand_iter, run, coverage)
     end = f'stopped in epoch {run.epoch} after iteration {run.iteration}' if run.stopping else 'done'
     how = "to go on: resume = 'latest'; images: resume = 'latest', sample = 64" if run.saved else 'nothing was saved'
