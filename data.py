@@ -111,13 +111,10 @@ def default_ctx():
 def check_capability(device_id):
     """Raise ValueError where MXNet has no code for a GPU. CUDA knows; MXNet's first operator might end the process."""
     cudart = ctypes.CDLL('libcudart.so.11.0')  # the one that MXNet has loaded
-    cudart.cudaGetErrorString.restype = ctypes.c_char_p
     major, minor = ctypes.c_int(), ctypes.c_int()
-    for number, attribute in (major, 75), (minor, 76):  # cudaDevAttrComputeCapabilityMajor, ...Minor
-        status = cudart.cudaDeviceGetAttribute(ctypes.byref(number), attribute, device_id)
-        if status:
-            raise ValueError(cudart.cudaGetErrorString(status).decode())
-    if not 5 <= major.value <= 8:
+    cudart.cudaDeviceGetAttribute(ctypes.byref(major), 75, device_id)  # cudaDevAttrComputeCapabilityMajor
+    cudart.cudaDeviceGetAttribute(ctypes.byref(minor), 76, device_id)
+    if major.value not in (0, 5, 6, 7, 8):  # 0: there is no such GPU, as MXNet will say
         raise ValueError(f'has compute capability {major.value}.{minor.value}, and mxnet-cu112 has code for 5.0 to '
                          '8.9 only, Maxwell to Ada')
 
@@ -514,13 +511,8 @@ def _pack(folder, out, workers):
     if workers > 1:
         raise ValueError(f'{folder}: not packed yet, or changed since; start once on one machine, then on several')
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    import fcntl  # not at the top: Windows, which is refused above, has none
-    with open(f'{path}.tmp', 'ab') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # if another process packs this folder, wait, and take what it has made
-        if os.path.exists(path):
-            return path, classes
+    with open(f'{path}.{os.getpid()}', 'wb') as file:
         try:
-            file.truncate(0)
             print(f'packing {len(files)} files of {folder} into {path} ...', flush=True)
             if _write_records(file, files, labels) == 0:
                 raise ValueError(f'{folder}: has no picture that OpenCV can read; set imgnet_path to a folder that has')
@@ -531,7 +523,7 @@ def _pack(folder, out, workers):
             os.remove(file.name)
             raise
     for old in set(glob.glob(glob.escape(stem) + '[0-9a-f]' * len(checksum) + '.rec*')) - {path}:
-        os.remove(old)
+        os.remove(old)  # of the folder as it was, or of a start that was killed
     return path, classes
 
 
