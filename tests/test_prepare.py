@@ -179,9 +179,8 @@ assert dcgan.Settings().ctx == data.mx.cpu()''', DMLC_ROLE=role) == [0, '', '']
 
 def test_a_worker_is_given_the_schedulers_address_as_numbers(run):
     code = 'import data\nprint(os.environ["DMLC_ROLE"], os.environ["DMLC_PS_ROOT_URI"])'
-    for host, address in ('localhost', '127.0.0.1'), ('10.9.8.7', '10.9.8.7'), ('', ''):
-        assert run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI=host) == [0, f'worker {address}\n', '']
-    for host in 'no-such-host.invalid', '::1', 'a..b', 'x' * 70:
+    assert run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI='localhost') == [0, 'worker 127.0.0.1\n', '']
+    for host in 'no-such-host.invalid', 'a..b':
         status, out, err = run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI=host)
         assert (status, out, err.count('\n')) == (1, '', 1)
         assert err.startswith(f'dcgan.py: DMLC_PS_ROOT_URI={host}: ') and 'address' in err
@@ -288,9 +287,10 @@ def test_a_gpu_build_that_sees_no_gpu_says_so(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('capability, fit', [
-    ((3, 7), False), ((5, 0), True), ((7, 5), True), (8, 9), True), ((0, 0), True), ((9, 0), False), ((12, 1), False)])
+    ((3, 7), False), ((5, 0), True), ((8, 9), True), ((9, 0), False), ((12, 1), False),
+    ((0, 0), True)])  # CUDA knows no such GPU, as MXNet will say
 def test_a_gpu_that_the_wheel_has_no_code_for(monkeypatch, capability, fit):
-    """Asked before the first operator, and before the GPU's memory, which would be the first to touch it. (0, 0): no GPU."""
+    """Asked before the first operator, and before the GPU's memory, which would be the first to touch it."""
     touched, ones = [], mx.nd.ones
 
     def get_attribute(number, attribute, device_id):
