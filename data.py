@@ -3,6 +3,7 @@
 This module prepares MXNet and is the first to import it. The training set stays uint8, 64x64 with one channel, until
 `PixelIter` turns it into float32, batch by batch, on the device.
 """
+import contextlib
 import ctypes
 import glob
 import gzip
@@ -17,7 +18,7 @@ import time
 import unittest.mock
 import warnings
 import zlib
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 
 # ---------------------------------------------------------------- preparing MXNet, before it is imported
 
@@ -348,12 +349,12 @@ class ImagenetIter(mx.io.DataIter):
         self.provide_data = [mx.io.DataDesc('data', (batch_size,) + self.data_shape, np.float32)]
         self.provide_data += [mx.io.DataDesc('digit', (batch_size,), np.float32)] * conditional
         self.file = open(path, 'rb')  # noqa: SIM115  stays what it is when another process packs the folder again
-        self.pool = ThreadPool(joblib.cpu_count())
+        self.pool = ThreadPoolExecutor(joblib.cpu_count())
         self.taken, self.ahead = 0, None  # how many batches were taken, and the next one if it is being made
 
     def next(self):
         numbers, pictures = self.ahead or self._begin()
-        pixels = np.stack(pictures.get())
+        pixels = np.stack(list(pictures))
         self.taken += 1
         self.ahead = self._begin()
         images = mx.nd.array(pixels, self.ctx, np.uint8).astype(np.float32) / 127.5 - 1
@@ -365,11 +366,11 @@ class ImagenetIter(mx.io.DataIter):
         self.taken += num_batches
 
     def _begin(self):
-        """Have the threads make the next batch; returns its pictures' positions in the file, and their promise."""
+        """Have the threads make the next batch; returns its pictures' positions in the file, and them."""
         images = np.arange(self.taken * self.batch_size, (self.taken + 1) * self.batch_size)
         numbers = self.part_index * self.num_data + images % self.num_data
         random = np.random.RandomState([self.part_index, self.taken]).rand(self.batch_size, 4)
-        return numbers, self.pool.starmap_async(self._load, zip(numbers, random))
+        return numbers, self.pool.map(self._load, numbers, random)
 
     def _load(self, number, random):
         """A picture of the file as uint8 `data_shape`, cropped and mirrored by four numbers from 0 to 1."""
@@ -474,8 +475,9 @@ def _write_records(file, paths, labels):
     """Write the pictures that can be read as RecordIO, in a random order; returns how many, and names the others."""
     said, num_skipped = time.monotonic(), 0
     order = np.random.RandomState(1234).permutation(len(paths))
-    with ThreadPool(joblib.cpu_count()) as pool:
-        for done, (i, jpeg) in enumerate(zip(order, pool.imap(_small_jpeg, [paths[i] for i in order]))):
+    with ThreadPoolExecutor(joblib.cpu_count()) as pool, \
+            contextlib.closing(pool.map(_small_jpeg, [paths[i] for i in order])) as jpegs:  # after Ctrl-C no more begin
+        for done, (i, jpeg) in enumerate(zip(order, jpegs)):
             if time.monotonic() - said > 3:
                 said = time.monotonic()
                 print(f'... {done} of {len(paths)}', flush=True)
