@@ -532,8 +532,7 @@ def _pack(folder, out, workers):
 def load_pictures(s, rank=0, workers=1):
     """An `ImagenetIter` over this worker's share of `s.imgnet_path`: a .rec, or a folder, which is packed into one.
 
-    Prints the classes, if `s.conditional`. Raises ValueError and OSError as `ImagenetIter`, ValueError where a folder
-    has no picture or, of several workers, is not packed, OSError where it can be packed nowhere.
+    Prints the classes, if `s.conditional`. Raises ValueError and OSError as `ImagenetIter`, and where it cannot pack.
     """
     path, folder = s.imgnet_path, os.path.isdir(s.imgnet_path)
     if folder:

@@ -7,7 +7,6 @@ import json
 import socket
 import struct
 import threading
-import tracemalloc
 import types
 import urllib.parse
 
@@ -19,8 +18,6 @@ import mxnet as mx
 import numpy as np
 import pytest
 from conftest import REAL_MNIST, needs_mnist
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from sklearn.datasets import _openml, fetch_openml, load_digits
 
 
@@ -165,39 +162,6 @@ def test_missing_idx(tmp_path, name):
     with pytest.raises(FileNotFoundError) as error:
         data.get_mnist(str(missing.parent))
     assert_clear(error, missing, 'mnist_path')
-
-
-@st.composite
-def idx_like(draw):
-    """Random bytes; or after a header; or either of them gzip-compressed, perhaps with a flipped byte."""
-    count = draw(st.one_of(st.integers(0, 3), st.integers(0, 2 ** 32 - 1)))
-    header = draw(st.sampled_from([b'', struct.pack('>II', 0x801, count), struct.pack('>4I', 0x803, count, 28, 28)]))
-    content = header + draw(st.one_of(st.binary(max_size=50), st.just(bytes(784 * min(count, 3))),
-                                      st.just(bytes(min(count, 3)))))
-    if draw(st.booleans()):
-        content = gzip.compress(content)
-        if draw(st.booleans()):
-            content = flipped(content, draw(st.integers(0, len(content) - 1)))
-    return content
-
-
-@settings(deadline=None)
-@given(content=idx_like(), ndim=st.sampled_from([1, 3]))
-@example(content=struct.pack('>4I', 0x803, 300_000, 28, 28), ndim=3)
-@example(content=idx(np.zeros((3, 28, 28), np.uint8)), ndim=3)
-def test_any_bytes_as_idx(tmp_path_factory, content, ndim):
-    path = tmp_path_factory.getbasetemp() / 'random-idx'
-    path.write_bytes(content)
-    tracemalloc.start()
-    try:
-        array = data._read_idx(str(path), 'images or labels', ndim)
-        assert array.dtype == np.uint8 and array.size and array.ndim == ndim
-    except (ValueError, OSError) as error:
-        assert str(path) in str(error) and '\n' not in str(error)
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < 500e6
 
 
 # ---------------------------------------------------------------- batches of images and of latent vectors

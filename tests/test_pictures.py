@@ -453,13 +453,6 @@ def test_records_of_all_kinds(tmp_path):
     assert epoch(load(path, augment=False))[0][0, :, :30, :30].min() == 1
 
 
-def test_a_record_of_several_parts_that_is_cut(tmp_path):
-    image = encoded(plain(COLOURS[3]))
-    path = write_rec(tmp_path / 'a.rec', [SMALL, pack(image + bytes(-len(image) % 4) + MAGIC + b'end')])
-    os.truncate(path, os.path.getsize(path) - 12)
-    refused(lambda: load(path), path)
-
-
 def test_most_are_not_decoded(tmp_path, monkeypatch):
     path = write_rec(tmp_path / 'a.rec', [SMALL, pack(encoded(NOISE, '.png'))] * 4)
     monkeypatch.setattr(data, '_decode', None)
