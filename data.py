@@ -520,12 +520,13 @@ def _pack(folder, out, workers):
                 raise ValueError(f'{folder}: has no picture that OpenCV can read; set imgnet_path to a folder that has')
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
+            if not os.path.exists(path):  # another start may have been faster, and have tidied up
+                os.replace(file.name, path)
         except BaseException:
             os.remove(file.name)
             raise
     for old in set(glob.glob(glob.escape(stem) + '[0-9a-f]' * len(checksum) + '.rec*')) - {path}:
-        os.remove(old)  # of the folder as it was, or of a start that was killed
+        os.remove(old)  # of the folder as it was, or what a start that was killed has left
     return path, classes
 
 

@@ -181,6 +181,20 @@ test_pictures.load({str(photos)!r})'''
     assert [path.suffix for path in packed(photos)] == ['.rec']
 
 
+def test_two_starts_at_once(photos, monkeypatch):
+    """The first to end wins; the other takes what that has made."""
+    write_records = data._write_records
+
+    def overtaken(*args):
+        monkeypatch.undo()
+        load(photos)
+        return write_records(*args)
+
+    monkeypatch.setattr(data, '_write_records', overtaken)
+    monkeypatch.setattr(os, 'getpid', lambda: 12345)
+    assert len(epoch(load(photos))[0]) == 14 and [path.suffix for path in packed(photos)] == ['.rec']
+
+
 def test_places_that_cannot_be_written(photos, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, 'fsync', lambda fd: os.write(os.open('/dev/full', os.O_WRONLY), b'full'))
