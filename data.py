@@ -78,7 +78,10 @@ try:
         host = os.environ.get('DMLC_PS_ROOT_URI')
         try:
             if host:  # MXNet's parameter server understands an IPv4 address alone
-                os.environ['DMLC_PS_ROOT_URI'] = socket.gethostbyname(host)
+                os.environ['DMLC_PS_ROOT_URI'] = address = socket.gethostbyname(host)
+                if address.startswith('127.') and host != address and host != 'localhost':  # as Debian has its own name
+                    print(f'WARNING: {host} is {address} here, which other machines cannot reach: set its address',
+                          file=sys.stderr)
         except (OSError, UnicodeError):
             sys.exit(f'dcgan.py: DMLC_PS_ROOT_URI={host}: this name has no IPv4 address here; set the address itself')
     GPU_BUILD = mx.runtime.Features().is_enabled('CUDA')

@@ -822,9 +822,9 @@ def run_training(s, stop, stack):
             plot = mx.viz.plot_network(mod.symbol, shape=dict(mod.data_shapes + (mod.label_shapes or [])),
                                        save_format='png')
             plot.render(f'{folder}/net_{title}', cleanup=True)
-    coverage = data.Coverage(*labelled) if s.coverage and labelled else None
+    coverage = data.Coverage(*labelled) if s.coverage and labelled and folder else None
     print(f'data: {s.dataset}, {run.num_batches} iterations an epoch; run: {folder}')
-    if coverage and folder and coverage.floor:
+    if coverage and coverage.floor:
         print(f'FD: the Fréchet distance from real images; real ones have {coverage.floor:.2f}')
     print('metric: facc, fentropy of G, of D; then images/s, and the time left')
     for signum in Stop.SIGNALS:
