@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import glob
 import os
 import signal
@@ -19,8 +20,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL_MNIST = os.path.join(ROOT, '..', 'shared', 'mnist')
 needs_mnist = pytest.mark.skipif(not os.path.isdir(REAL_MNIST), reason='the real MNIST is not here')
 
-TINY = dict(dataset='digits', ngf=4, ndf=4, Z=8, lr=0.0002, batch_size=100, epochs=1, seed=3, display=False,
-            coverage=False)
+TINY = dict(dataset='digits', ngf=4, ndf=4, nc=1, Z=8, lr=0.0002, head_start=0, batch_size=100, epochs=1, seed=3,
+            display=False, coverage=False)
 
 
 @pytest.fixture
@@ -84,12 +85,23 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(dcgan, 'train_step', counted)
 
 
+def newest(out):
+    """The folder of the newest run in `out`; a run's folder is that itself."""
+    out = str(out)
+    inside = [os.path.join(out, name) for name in os.listdir(out) if not name.startswith('sample')]
+    return max(filter(os.path.isdir, inside), key=os.path.getmtime, default=out)
+
+
+def rows(out):
+    """The rows of the newest run's log.csv: {column: text}."""
+    with open(os.path.join(newest(out), 'log.csv'), newline='') as file:
+        return list(csv.DictReader(file))
+
+
 def final_params(out):
-    """{'G' or 'D': {name: array}} of the newest .params, in a run's folder or in the folder of `<out>/latest`."""
-    latest = os.path.join(str(out), 'latest')
-    folder = latest if os.path.isdir(latest) else str(out)
-    newest = {net: max(glob.glob(f'{folder}/*_{net}_*.params')) for net in 'GD'}
-    return {net: {name: array.asnumpy() for name, array in mx.nd.load(newest[net]).items()} for net in 'GD'}
+    """{'G' or 'D': {name: array}} of the newest run's last .params."""
+    last = {net: max(glob.glob(f'{glob.escape(newest(out))}/*_{net}_*.params')) for net in 'GD'}
+    return {net: {name: array.asnumpy() for name, array in mx.nd.load(last[net]).items()} for net in 'GD'}
 
 
 def same_bits(a, b):
