@@ -14,11 +14,12 @@ import dcgan
 
 
 def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epochs=1, parts=1,
-          d1_bias=False, pos_label=1., head_start=0):
+          d1_bias=False, pos_label=1., head_start=0, record=None):
     """Train for epochs of so many steps on float images X (n, nc, 64, 64). The last three: the published script's.
 
     Returns {name: array}, the parameters and (the first part's) moving averages of both networks, and for each step
-    the metrics' (facc, fentropy of G, of D).
+    the metrics' (facc, fentropy of G, of D). `record`: a list that gets of each step the fakes, `diff`, and D's answers
+    to the fakes, to the reals, and to the fakes after its update.
     """
     gout, dloss = dcgan.make_dcgan_sym(ngf, ndf, nc, d1_bias=d1_bias)
     size = batch_size // parts
@@ -48,7 +49,7 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
         mx.nd.waitall()
         pred = np.concatenate([mod.get_outputs()[0].asnumpy() for mod in modsD])
         labels = np.full(batch_size, float(label > 0))
-        return dcgan.facc(labels, pred), dcgan.fentropy(labels, pred)
+        return dcgan.facc(labels, pred), dcgan.fentropy(labels, pred), pred
 
     def gradients(mod):
         return [grads[0] for grads in mod._exec_group.grad_arrays]
@@ -76,17 +77,17 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
         mx.nd.waitall()
         fakes = [mod.get_outputs()[0].copy() for mod in modsG]
         # 2, 3
-        facc_fake, entropy_fake = discriminate(fakes, 0)
+        facc_fake, entropy_fake, to_fakes = discriminate(fakes, 0)
         kept = [[grad.copy() for grad in gradients(mod)] for mod in modsD]
         # 4
-        facc_real, entropy_real = discriminate(split(real), pos_label)
+        facc_real, entropy_real, to_reals = discriminate(split(real), pos_label)
         # 5
         for mod, others in zip(modsD, kept):
             for grad, other in zip(gradients(mod), others):
                 grad += other
         update(modsD)
         # 6, 7
-        _, entropy = discriminate(fakes, 1)
+        _, entropy, after_update = discriminate(fakes, 1)
         diffs = [mod.get_input_grads()[0].copy() for mod in modsD]
         # 8
         for mod, diff in zip(modsG, diffs):
@@ -94,6 +95,9 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
         mx.nd.waitall()
         update(modsG)
         metrics.append(((facc_fake + facc_real) / 2, entropy, (entropy_fake + entropy_real) / 2))
+        if record is not None:
+            images = (np.concatenate([part.asnumpy() for part in parts]) for parts in (fakes, diffs))
+            record.append((*images, to_fakes, to_reals, after_update))
     arrays = {}
     for mod in (modsG[0], modsD[0]):
         executor = mod._exec_group.execs[0]
