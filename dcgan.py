@@ -414,7 +414,7 @@ def print_count(s, run, coverage, row, weights):
         best = max(counts, key=lambda count: count['confidence'])
         lost = min(row['confidence'], row['confidence_weights']) < 0.5 <= best['confidence']
     else:
-        best = min(counts, key=lambda count: count['fd'])
+        best = min(counts, key=lambda count: count.get('fd', math.inf))  # counts of smaller data have none
         lost = row['fd'] > 5 * best['fd'] or row['fd_weights'] > 5 * best['fd_weights']
     if lost:
         visual.warn_once('lost', 'WARNING: G makes no digits any more: set a smaller lr or another seed, and resume = '
@@ -509,7 +509,7 @@ class Run:
         with contextlib.suppress(OSError, ValueError, csv.Error), path.open(newline='') as file:
             for row in csv.DictReader(file):
                 with contextlib.suppress(ValueError, TypeError, KeyError):
-                    row = {name: float(row[name]) for name in self.columns if row.get(name)}
+                    row = {name: float(row[name]) for name in self.columns if row[name] != ''}  # of a cut row: None
                     row.update(epoch=int(row['epoch']), iteration=int(row['iteration']))
                     if (row['epoch'], row['iteration']) <= (self.epoch, self.iteration):
                         self.rows.append(row)
