@@ -387,7 +387,7 @@ def finish_epoch(s, run, modG, mean, coverage):
         return
     if not (run.folder / f'gout-{epoch:04d}.png').exists():
         save_mosaic(s, run, mean, f'gout-{epoch:04d}')
-        visual.film(run.folder)
+    visual.film(run.folder)
     if coverage and not any(row['epoch'] == epoch and 'kl' in row for row in run.rows):
         n = coverage.num_images
         classes = np.resize(coverage.y, n) if s.conditional else None  # with the shares of the real ones
