@@ -392,6 +392,9 @@ def finish_epoch(s, run, modG, mean, coverage):
         n = coverage.num_images
         classes = np.resize(coverage.y, n) if s.conditional else None  # with the shares of the real ones
         latents = fixed_latents(s.seed, n, s.Z)
+        for copies in modG._exec_group.aux_arrays:  # as in a run that goes on, for which the first device's are kept
+            for moving_average in copies[1:]:
+                moving_average[:] = copies[0]
         # the mean is what is shown, but it is late to tell where G is going: G itself is judged, too
         print_count(s, run, coverage, *(coverage.count(generate(mod, latents, classes)) for mod in (mean.mod, modG)))
 
