@@ -640,6 +640,8 @@ def find_state(path, rename=False):
         try:
             about, arrays = read_params(file) if file.suffix == '.params' else read_state(file)
             return dict(about, path=file), arrays
+        except OSError:  # the disk's: it may be a good one
+            raise
         except Exception as error:  # NumPy, zipfile and MXNet have a dozen kinds for a flipped bit
             print(f'WARNING: {file}: is damaged, or not of this program ({data.last_line(error)})')
             if rename:
