@@ -657,7 +657,8 @@ def read_state(path):
     if about['names'] != list(arrays):  # after a flipped bit in the archive's directory NumPy loads fewer
         raise ValueError('arrays are missing')
     about.update({name: int(about[name]) for name in ('epoch', 'iteration', 'num_update', 'average_count', 'seconds')})
-    return dict(about, settings=dict(about['settings'])), arrays
+    settings = {name: about['settings'][name] for name in (*SAME_NETWORKS, *SAME_RUN, 'workers')}
+    return dict(about, settings=settings, class_names=list(about['class_names'])), arrays
 
 
 def read_params(path):
