@@ -20,8 +20,6 @@ from unittest import mock
 import numpy as np
 import pytest
 from conftest import TINY, newest, rows, stop_after, wait_for_line
-from hypothesis import HealthCheck, given, strategies
-from hypothesis import settings as hypothesis_settings
 
 import dcgan
 import visual
@@ -153,18 +151,15 @@ def warnings(out):
     return [line for line in out.splitlines() if line.startswith('WARNING')]
 
 
-@pytest.fixture
-def before_steps(monkeypatch):
+def before_steps(monkeypatch, actions):
     """Have a run in this process call actions[n] before its n-th step from now, the first being 1."""
-    def install(actions):
-        step, count = dcgan.train_step, itertools.count(1)
+    step, count = dcgan.train_step, itertools.count(1)
 
-        def counted(*args):
-            actions.get(next(count), lambda: None)()
-            return step(*args)
+    def counted(*args):
+        actions.get(next(count), lambda: None)()
+        return step(*args)
 
-        monkeypatch.setattr(dcgan, 'train_step', counted)
-    return install
+    monkeypatch.setattr(dcgan, 'train_step', counted)
 
 
 _on_disk = []  # what is called before Python opens a file to write, renames or removes one, or makes a folder
@@ -248,7 +243,7 @@ def test_new_folders_names(tiny, monkeypatch):
         assert len(states(folder)) == len(names(folder, f'digits_G_*{suffix}-0000.params')) == expected
 
 
-def test_two_at_once_in_one_folder(tiny, finished, before_steps):
+def test_two_at_once_in_one_folder(tiny, finished, monkeypatch):
     """The second is refused and changes nothing, and the first does not notice."""
     found = []
 
@@ -257,7 +252,7 @@ def test_two_at_once_in_one_folder(tiny, finished, before_steps):
         found.extend(ended(tiny(resume=resume)) for resume in ('latest', newest(tiny().out)))
         assert contents(tiny().out) == before
 
-    before_steps({15: second})
+    before_steps(monkeypatch, {15: second})
     dcgan.train(tiny())
     assert len(found) == 2 and all('another process' in line for line in found)
     assert_same_run(tiny().out, finished.out)
@@ -333,15 +328,11 @@ def test_a_state_file_begins_a_run_of_its_own(copy, finished, tmp_path):
 @pytest.mark.parametrize('net', ['G', 'D'])
 def test_params_begin_a_run_of_their_own(tiny, capsys, monkeypatch, net):
     """Epoch, head start and log go on; Adam begins anew, with its moments and its step count."""
-    rates, seen, step = [], [], dcgan.train_step
+    rates, step = [], dcgan.train_step
 
     def watched(modG, modD, *args):
         rates.append(modG._optimizer.learning_rate)
         assert modD._optimizer.learning_rate == rates[-1]
-        for mod in (modG, modD) if len(rates) == 34 else ():
-            weights = [copies[0].asnumpy() for copies in mod._exec_group.param_arrays]
-            moments = [moment.asnumpy() for pair in mod._updater.states.values() for moment in pair]
-            seen.append((dict(zip(mod._param_names, weights)), moments))
         return step(modG, modD, *args)
 
     monkeypatch.setattr(dcgan, 'train_step', watched)
@@ -352,16 +343,15 @@ def test_params_begin_a_run_of_their_own(tiny, capsys, monkeypatch, net):
     path, = glob.glob(f'{folder}/*_{net}_*-0001.params')
     capsys.readouterr()
     dcgan.train(replace(s, resume=path))
-    assert "Adam's moments and step count begin at zero" in capsys.readouterr().out
+    assert "Adam's moments and step count begin at zero" in capsys.readouterr().out and contents(folder) == before
     assert rates == [0.001] * 25 + [0.0002] * 8 + [0.001] * 3 + [0.0002] * 8
-    for name, (weights, moments) in zip('GD', seen):
-        expected = mx.nd.load(path.replace(f'_{net}_', f'_{name}_'))
-        assert all(expected[f'arg:{key}'].asnumpy().tobytes() == weights[key].tobytes() for key in weights)
-        assert moments and not any(map(np.any, moments))
     new, = set(glob.glob(f'{s.out}/*')) - {folder}
-    about, _ = dcgan.find_state(new)
-    assert (about['epoch'], about['num_update'], about['average_count']) == (3, 11, 2)
-    assert metrics(new)[:6] == metrics(folder)[:6] and len(metrics(new)) == 9 and contents(folder) == before
+    (about, began), (_, weights) = dcgan.find_state(f'{new}/state-0002-000000.npz'), dcgan.find_state(path)
+    for name, array in began.items():
+        name = name.replace('_average', '')
+        assert array.tobytes() == weights[name].tobytes() if name in weights else not array.any()
+    assert about['num_update'] == 0 and dcgan.find_state(new)[0]['num_update'] == 11
+    assert metrics(new)[:6] == metrics(folder)[:6] and len(metrics(new)) == 9
     dcgan.train(replace(s, resume=new, epochs=4))  # it goes on like any other
     assert dcgan.find_state(new)[0]['num_update'] == 22
 
@@ -406,10 +396,10 @@ def test_a_damaged_log(copy, finished, damage, least):
     assert len(found) >= least + 3 and all(row in metrics(finished.out) for row in found[:-3])
 
 
-def test_the_log_is_live_and_cut_where_the_run_goes_on(tiny, finished, before_steps):
+def test_the_log_is_live_and_cut_where_the_run_goes_on(tiny, finished, monkeypatch):
     """Rows that come after the state, and half a row, are dropped."""
     found = []
-    before_steps({11: lambda: found.append(len(rows(tiny().out))), 18: None})
+    before_steps(monkeypatch, {11: lambda: found.append(len(rows(tiny().out))), 18: None})
     with pytest.raises(TypeError):  # None is not called: an error ends the run
         dcgan.train(tiny())
     assert found == [1] and len(rows(tiny().out)) == 3
@@ -419,23 +409,15 @@ def test_the_log_is_live_and_cut_where_the_run_goes_on(tiny, finished, before_st
     assert_same_run(tiny().out, finished.out)
 
 
-def test_a_log_that_cannot_be_written_for_a_while(tiny, finished, capsys, before_steps):
+def test_a_log_that_cannot_be_written_for_a_while(tiny, finished, capsys, monkeypatch):
     """It is written anew when it can be; the run goes on, and says so once. A row that was cut is made whole, too."""
     log = []
-    before_steps({
+    before_steps(monkeypatch, {
         5: lambda: log.append(f'{newest(tiny().out)}/log.csv'), 11: lambda: room(os.path.getsize(log[0]) + 30),
         12: room, 22: lambda: (os.remove(log[0]), os.mkdir(log[0])), 33: lambda: os.rmdir(log[0])})
     dcgan.train(tiny(coverage=False))
     assert capsys.readouterr().out.count('log.csv cannot be written') == 1
     assert metrics(tiny().out) == [row for row in metrics(finished.out) if row['kl'] == np.inf]
-
-
-def test_a_count_of_more_images_than_the_log_has(copy, monkeypatch):
-    """A new run on more data has Fréchet distances, where the log that it goes on with has none."""
-    count = dcgan.data.Coverage.count
-    monkeypatch.setattr(dcgan.data.Coverage, 'count', lambda *args: dict(count(*args), fd=1.))
-    path, = glob.glob(f'{newest(copy.out)}/*_G_*-0001.params')
-    dcgan.train(replace(copy, resume=path))
 
 
 # ---------------------------------------------------------------- killing
@@ -537,9 +519,9 @@ def handler(signum, what=signal.default_int_handler):
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_saves_and_says_how_to_go_on(tiny, finished, capsys, before_steps, signum):
+def test_a_signal_saves_and_says_how_to_go_on(tiny, finished, capsys, monkeypatch, signum):
     """Two signals within half a second are one, for `timeout` sends two. The process may go on, as a notebook does."""
-    before_steps({12: lambda: (signal.raise_signal(signum), signal.raise_signal(signum))})
+    before_steps(monkeypatch, {12: lambda: (signal.raise_signal(signum), signal.raise_signal(signum))})
     with handler(signum):
         assert ended(tiny()) == 128 + signum
     out = capsys.readouterr().out
@@ -551,9 +533,9 @@ def test_a_signal_saves_and_says_how_to_go_on(tiny, finished, capsys, before_ste
     assert_same_run(tiny().out, finished.out)
 
 
-def test_nohup(tiny, finished, before_steps):
+def test_nohup(tiny, finished, monkeypatch):
     """A lost terminal does not stop a run that nohup has started."""
-    before_steps({12: lambda: signal.raise_signal(signal.SIGHUP)})
+    before_steps(monkeypatch, {12: lambda: signal.raise_signal(signal.SIGHUP)})
     with handler(signal.SIGHUP, signal.SIG_IGN):
         dcgan.train(tiny())
     assert_same_run(tiny().out, finished.out)
@@ -621,7 +603,7 @@ def test_a_pipe_whose_reader_has_gone(tiny, finished, word, state):
 
 
 @pytest.mark.parametrize('word', ['epoch: 0 iter: 11', 'no reader has gone, but q was pressed'])
-def test_ctrl_c_while_it_stops(tiny, monkeypatch, before_steps, word):
+def test_ctrl_c_while_it_stops(tiny, monkeypatch, word):
     """Ctrl-C goes to both ends of a pipe: the status is its own, and nothing ends before the state is saved."""
     exits = []
     monkeypatch.setattr(dcgan.os, '_exit', exits.append)
@@ -630,7 +612,8 @@ def test_ctrl_c_while_it_stops(tiny, monkeypatch, before_steps, word):
         if event == 'os.rename' and 'state' in path:
             signal.raise_signal(signal.SIGINT)
 
-    before_steps({11: lambda: monkeypatch.setattr(visual, 'quit_pressed', lambda: 'q was pressed' in word)})
+    q = 'q was pressed' in word
+    before_steps(monkeypatch, {11: lambda: monkeypatch.setattr(visual, 'quit_pressed', lambda: q)})
     with contextlib.redirect_stdout(Pipe(word)), handler(signal.SIGINT), on_disk(ctrl_c):
         assert ended(tiny()) == 130
     assert exits == [] and stands(tiny().out) == (1, 0)
@@ -658,9 +641,9 @@ def test_real_pipes_and_disks(child, tmp_path):
 # ---------------------------------------------------------------- what goes wrong while saving
 
 @pytest.mark.parametrize('size', [0, 50_000, 100_000])
-def test_a_full_disk(tiny, finished, capsys, before_steps, size):
+def test_a_full_disk(tiny, finished, capsys, monkeypatch, size):
     """All through the end of epoch 1. What was saved before stays whole, and what comes after is as always."""
-    before_steps({22: lambda: room(size), 23: room})
+    before_steps(monkeypatch, {22: lambda: room(size), 23: room})
     dcgan.train(tiny())
     said = warnings(capsys.readouterr().out)
     assert sum('state-0002-000000.npz is not saved' in line for line in said) == 1 and len(said) <= 4
@@ -669,10 +652,10 @@ def test_a_full_disk(tiny, finished, capsys, before_steps, size):
     assert_same_run(tiny().out, finished.out, without='-0001.p|film')
 
 
-def test_a_disk_too_full_for_the_params(tiny, finished, capsys, before_steps):
+def test_a_disk_too_full_for_the_params(tiny, finished, capsys, monkeypatch):
     """MXNet does not notice that a hundred bytes are missing. The state is saved, and who goes on makes the rest."""
     size = os.path.getsize(glob.glob(f'{newest(finished.out)}/*_G_*-0001.params')[0]) - 100
-    before_steps({23: lambda: (room(), 1 / 0)})
+    before_steps(monkeypatch, {23: lambda: (room(), 1 / 0)})
     with on_disk(lambda event, path: room(size) if path.endswith('state-0002-000000.npz') else None):
         with pytest.raises(ZeroDivisionError):
             dcgan.train(tiny())
@@ -683,7 +666,7 @@ def test_a_disk_too_full_for_the_params(tiny, finished, capsys, before_steps):
     assert_same_run(tiny().out, finished.out)
 
 
-def test_a_folder_that_is_gone_for_a_while(tiny, finished, capsys, before_steps):
+def test_a_folder_that_is_gone_for_a_while(tiny, finished, capsys, monkeypatch):
     """As where a network's disk does not answer."""
     folder = []
 
@@ -692,16 +675,16 @@ def test_a_folder_that_is_gone_for_a_while(tiny, finished, capsys, before_steps)
         os.rename(folder[0], folder[0] + '.away')
         open(folder[0], 'w').close()
 
-    before_steps({15: go, 23: lambda: (os.remove(folder[0]), os.rename(folder[0] + '.away', folder[0]))})
+    before_steps(monkeypatch, {15: go, 23: lambda: (os.remove(folder[0]), os.rename(folder[0] + '.away', folder[0]))})
     dcgan.train(tiny())
     assert 'state-0002-000000.npz is not saved' in capsys.readouterr().out
     assert_same_run(tiny().out, finished.out, without='-0001.p|film')
 
 
-def test_a_folder_that_is_renamed(tiny, finished, before_steps):
+def test_a_folder_that_is_renamed(tiny, finished, monkeypatch):
     """The run goes on under its own name; the renamed folder, too, can go on from what it has."""
     mine = f'{tiny().out}/mine'
-    before_steps({15: lambda: os.rename(newest(tiny().out), mine)})
+    before_steps(monkeypatch, {15: lambda: os.rename(newest(tiny().out), mine)})
     dcgan.train(tiny())
     assert_same_run(*glob.glob(f'{tiny().out}/digits_*'), finished.out, without='-0000|film')
     dcgan.train(tiny(resume=mine))
@@ -772,8 +755,10 @@ def test_other_datas_state(copy, monkeypatch):
     """A run goes on with the data that it began with; from an epoch's .params a new one begins with others."""
     X, *others = dcgan.data.get_digits(labels=True)
     monkeypatch.setattr(dcgan.data, 'get_digits', lambda labels=False: (255 - X, *others))
-    before = contents(copy.out)
+    before, count = contents(copy.out), dcgan.data.Coverage.count
     assert 'trained with other data' in ended(copy) and contents(copy.out) == before
+    # more images have a Fréchet distance, which the log that the new run begins with lacks
+    monkeypatch.setattr(dcgan.data.Coverage, 'count', lambda *args: dict(count(*args), fd=1.))
     dcgan.train(replace(copy, resume=glob.glob(f'{newest(copy.out)}/*_D_*-0001.params')[0]))
 
 
@@ -830,23 +815,17 @@ def test_a_state_that_the_disk_does_not_give(copy, target):
     lambda arrays, about: arrays.pop('d5_weight_var'), lambda arrays, about: arrays.update(more=arrays['g1_weight']),
     lambda arrays, about: arrays.update(d1_weight=arrays['g1_weight']),
     lambda arrays, about: arrays.update(g1_weight=arrays['g1_weight'][:0]),
-    lambda arrays, about: arrays.update(g1_weight=np.array([Evil()])), lambda arrays, about: about.pop('names'),
+    lambda arrays, about: about['names'].append(arrays.update(more=np.array([{}])) or 'more'),
+    lambda arrays, about: about.pop('names'),
     lambda arrays, about: about.pop('settings'), lambda arrays, about: about['settings'].pop('nc'),
     lambda arrays, about: about['settings'].pop('seed'), lambda arrays, about: about['settings'].pop('workers'),
     lambda arrays, about: about.pop('class_names'), lambda arrays, about: about.update(epoch='three'),
     lambda arrays, about: about.update(epoch=float('inf')), lambda arrays, about: about.update(settings=3)])
 def test_a_state_with_other_contents(copy, change):
-    """Of another version, say. It is one line, and nothing is unpickled."""
+    """Of another version, say, or with a pickle in it. It is one line."""
     path = edit_state(copy, change)
     line = ended(replace(copy, resume=path))
-    assert path in line and re.search('no state to go on from|does not fit', line) and not os.path.exists('evil')
-
-
-class Evil:
-    """Makes a folder where it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ('evil',)
+    assert path in line and re.search('no state to go on from|does not fit', line)
 
 
 @pytest.fixture(scope='module')
@@ -883,26 +862,22 @@ def test_a_state_that_was_cut_or_has_a_flipped_bit(original, tmp_path):
     assert_refused(tmp_path, content[:header] + b'(10000000000,1),' + content[header + 16:])  # many gigabytes
 
 
-@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(random=strategies.binary(max_size=300), data=strategies.data())
-def test_random_bytes(original, tmp_path, random, data):
+def test_random_bytes(original, tmp_path):
     """Alone, and in the headers of an archive: names, shapes and lengths are at the begin of each array."""
-    assert_refused(tmp_path, random)
-    content = bytearray(original[0])
-    start = data.draw(strategies.sampled_from([match.start() for match in re.finditer(b'PK', original[0])]))
-    for byte in random[:8]:
-        content[(start + data.draw(strategies.integers(0, 250))) % len(content)] = byte
-    assert_refused(tmp_path, bytes(content), original[1])
+    random, starts = np.random.RandomState(1), [match.start() for match in re.finditer(b'PK', original[0])]
+    for n in range(100):
+        assert_refused(tmp_path, random.bytes(3 * n))
+        content = bytearray(original[0])
+        start = random.choice(starts)
+        for place in start + random.randint(0, 250, n % 8):
+            content[place % len(content)] = random.randint(256)
+        assert_refused(tmp_path, bytes(content), original[1])
 
 
-def test_no_state_at_all(tmp_path, monkeypatch):
-    """Strange JSON, and a pickle, which is not unpickled."""
+def test_no_state_at_all(tmp_path):
+    """Strange JSON, and a pickle."""
+    assert_refused(tmp_path, pickle.dumps({}))
     for about in ('', '[', '[' * 100_000, '{"epoch": 1e999}', 'null', '[]', '3', '{}'):
         file = io.BytesIO()
         np.savez(file, about=about)
         assert_refused(tmp_path, file.getvalue())
-    monkeypatch.chdir(tmp_path)
-    assert_refused(tmp_path, pickle.dumps(Evil()))
-    assert not os.path.exists('evil')
-    pickle.loads(pickle.dumps(Evil()))
-    assert os.path.exists('evil')  # the pickle would have worked
