@@ -417,7 +417,7 @@ def print_count(s, run, coverage, row, weights):
         best = max(counts, key=lambda count: count['confidence'])
         lost = min(row['confidence'], row['confidence_weights']) < 0.5 <= best['confidence']
     else:
-        best = min(counts, key=lambda count: count.get('fd', math.inf))  # counts of smaller data have none
+        best = min(counts, key=lambda count: count['fd'])
         lost = row['fd'] > 5 * best['fd'] or row['fd_weights'] > 5 * best['fd_weights']
     if lost:
         visual.warn_once('lost', 'WARNING: G makes no digits any more: set a smaller lr or another seed, and resume = '
