@@ -67,8 +67,9 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def child(child):
-    """The same in a process of its own."""
-    return lambda before='', **changes: child(before=FEW_DATA + before, **{**FEW, **changes})
+    """The same in a process of its own, which does not ignore Ctrl-C, as jobs in the background do."""
+    usual = 'import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n'
+    return lambda before='', **changes: child(before=usual + FEW_DATA + before, **{**FEW, **changes})
 
 
 @pytest.fixture(scope='module')
