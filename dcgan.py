@@ -174,6 +174,14 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12,
     return gout, dloss
 
 
+def print_network(s, title, mod, folder):
+    """Print how many parameters a network has; with `plot`, draw it."""
+    print(f'{title}: {sum(copies[0].size for copies in mod._exec_group.param_arrays):,} parameters')
+    if s.plot and folder and shutil.which('dot'):
+        shapes = dict(mod.data_shapes + (mod.label_shapes or []))
+        mx.viz.plot_network(mod.symbol, shape=shapes, save_format='png').render(f'{folder}/net_{title}', cleanup=True)
+
+
 # ---------------------------------------------------------------- the metrics
 
 def facc(label, pred):
@@ -817,11 +825,7 @@ def run_training(s, stop, stack):
         lock(folder, stack)
     run = Run(s, folder, train_iter, kv, stop, about)
     for title, mod in zip('GD', modules):
-        print(f'{title}: {sum(copies[0].size for copies in mod._exec_group.param_arrays):,} parameters')
-        if s.plot and folder and shutil.which('dot'):
-            plot = mx.viz.plot_network(mod.symbol, shape=dict(mod.data_shapes + (mod.label_shapes or [])),
-                                       save_format='png')
-            plot.render(f'{folder}/net_{title}', cleanup=True)
+        print_network(s, title, mod, folder)
     coverage = data.Coverage(*labelled) if s.coverage and labelled and folder else None
     print(f'data: {s.dataset}, {run.num_batches} iterations an epoch; run: {folder}')
     if coverage and coverage.floor:

@@ -180,6 +180,10 @@ assert dcgan.Settings().ctx == data.mx.cpu()''', DMLC_ROLE=role) == [0, '', '']
 def test_a_worker_is_given_the_schedulers_address_as_numbers(run):
     code = 'import data\nprint(os.environ["DMLC_ROLE"], os.environ["DMLC_PS_ROOT_URI"])'
     assert run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI='localhost') == [0, 'worker 127.0.0.1\n', '']
+    code = f'import socket\nsocket.gethostbyname = lambda host: "127.0.1.1"\n{code}'
+    status, out, err = run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI='debian')  # has its own name there
+    assert (status, out) == (0, 'worker 127.0.1.1\n') and 'debian is 127.0.1.1 here, which other machines' in err
+    code = 'import data'
     for host in 'no-such-host.invalid', 'a..b':
         status, out, err = run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI=host)
         assert (status, out, err.count('\n')) == (1, '', 1)
