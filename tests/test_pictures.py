@@ -16,7 +16,9 @@ import cv2
 import mxnet as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, newest
+
+import dcgan
 
 COLOURS = np.array(list(itertools.product((20, 120, 220), (20, 120, 220), (70, 170))))[:14]  # RGB: as BGR none is one
 SIZES = [(120, 90), (300, 200), (200, 300), (64, 64), (257, 500)]
@@ -478,3 +480,32 @@ def test_a_picture_that_is_damaged_within(tmp_path):
     image = encoded(NOISE, '.png')
     path = write_rec(tmp_path / 'a.rec', [SMALL, pack(image[:3000] + b'wrong' + image[3005:])])
     refused(load(path).next, path, 'record 1 ')
+
+
+# ---------------------------------------------------------------- a whole run
+
+@pytest.mark.parametrize('changes', [dict(nc=1, augment=False), dict(nc=3, conditional=True)], ids=str)
+def test_a_run_on_pictures(tiny, tmp_path, capsys, changes):
+    """Trained, resumed, and made images of; each column of a conditional run's pictures has a class."""
+    pictures = {f'{kind}/{i}.png': plain(COLOURS[kind], SIZES[i % 5]) for kind in (0, 4) for i in range(6)}
+    folder = write_folder(tmp_path / 'photos', pictures)
+    s = tiny(dataset='imagenet', imgnet_path=str(folder), batch_size=5, epochs=2, coverage=True, **changes)
+    dcgan.train(s)
+    out = capsys.readouterr().out
+    assert '12 pictures packed' in out and 'data: imagenet, 3 iterations an epoch' in out
+    assert ('classes: 0 0, 1 4' in out) == s.conditional
+    shown = cv2.imread(f'{newest(s.out)}/data.png')
+    if s.conditional:
+        assert shown.shape[1] == 128
+        for column, kind in enumerate((0, 4)):
+            assert abs(shown[20:40, 64 * column + 32] - COLOURS[kind][::-1].astype(int)).max() < 10
+    else:
+        assert np.ptp(shown, axis=2).max() == 0  # grey
+    again = dict(vars(s), resume='latest')
+    dcgan.train(dcgan.Settings(**{**again, 'epochs': 3}))
+    assert 'epoch: 2 iter: 3' in capsys.readouterr().out
+    dcgan.train(dcgan.Settings(**{**again, 'sample': 4, 'digits': '1' if s.conditional else ''}))
+    assert len(os.listdir(f'{newest(s.out)}/sample-0002')) == 4
+    write_folder(folder, {'4/more.png': plain(COLOURS[4])})
+    with pytest.raises(SystemExit, match='trained with other data'):
+        dcgan.train(dcgan.Settings(**{**again, 'epochs': 4}))
