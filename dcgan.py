@@ -815,7 +815,7 @@ def join(s):
     kv = mx.kv.create('dist_device_sync' if gpus > 1 else 'dist_sync')  # waits here for the other processes
     if data.ROLE != 'worker':
         mx.kv.KVStoreServer(kv).run()  # until the workers are done
-        sys.exit()
+        sys.exit(0)
     atexit.register(leave_at_once)
     kv.init('number', mx.nd.zeros(1))
     return kv
