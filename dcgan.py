@@ -13,12 +13,12 @@ import csv
 import dataclasses
 import datetime
 import functools
-import glob
 import io
 import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -385,7 +385,7 @@ def finish_epoch(s, run, modG, mean, coverage):
     epoch = run.epoch - 1
     if not run.folder or epoch < 0:
         return
-    if not os.path.exists(os.path.join(run.folder, f'gout-{epoch:04d}.png')):
+    if not (run.folder / f'gout-{epoch:04d}.png').exists():
         save_mosaic(s, run, mean, f'gout-{epoch:04d}')
         visual.film(run.folder)
     if coverage and not any(row['epoch'] == epoch and 'kl' in row for row in run.rows):
@@ -480,7 +480,7 @@ class Run:
                         *MEASURES, *(f'{name}_weights' for name in MEASURES)]
         self.rows, self.log_is_whole = [], False
         if folder and about['path']:
-            self.read_log(os.path.join(os.path.dirname(about['path']), 'log.csv'))
+            self.read_log(about['path'].with_name('log.csv'))
 
     def print_line(self):
         """Print a line for the iterations since the last one, and append it to the log."""
@@ -506,7 +506,7 @@ class Run:
 
     def read_log(self, path):
         """Take the rows of a log up to where the run stands. What cannot be read is left out."""
-        with contextlib.suppress(OSError, ValueError, csv.Error), open(path, newline='') as file:
+        with contextlib.suppress(OSError, ValueError, csv.Error), path.open(newline='') as file:
             for row in csv.DictReader(file):
                 with contextlib.suppress(ValueError, TypeError, KeyError):
                     row = {name: float(row[name]) for name in self.columns if row.get(name)}
@@ -520,11 +520,11 @@ class Run:
         self.rows.append({name: value for name, value in row.items() if value is not None})
         if not self.folder:
             return
-        path = os.path.join(self.folder, 'log.csv')
-        whole, self.log_is_whole = self.log_is_whole and os.path.exists(path), False  # until the row is there
+        path = self.folder / 'log.csv'
+        whole, self.log_is_whole = self.log_is_whole and path.exists(), False  # until the row is there
         try:
-            with open(path, 'a', newline='') if whole else whole_file(path, 'w') as file:
-                writer = csv.DictWriter(file, self.columns)
+            with path.open('a', newline='') if whole else whole_file(path, 'w') as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator='\n')
                 if not whole:
                     writer.writeheader()
                 writer.writerows(self.rows[-1:] if whole else self.rows)
@@ -534,20 +534,19 @@ class Run:
 
     def params_path(self, net, epoch):
         """Where an epoch's parameters are, under the published script's names; `net` is G, D, or Gmean."""
-        stamp = os.path.basename(self.folder).replace(f'{self.s.dataset}_', '', 1)
-        return os.path.join(self.folder, f'{self.s.dataset}_{net}_{stamp}-{epoch:04d}.params')
+        stamp = self.folder.name.replace(f'{self.s.dataset}_', '', 1)
+        return self.folder / f'{self.s.dataset}_{net}_{stamp}-{epoch:04d}.params'
 
 
 @contextlib.contextmanager
 def whole_file(path, mode='wb'):
     """A file to write. It gets its name when it is whole and on the disk; before, it is `tmp` in the same folder."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)  # somebody may have renamed it
-    temporary = os.path.join(os.path.dirname(path), 'tmp')
-    with open(temporary, mode, newline='' if mode == 'w' else None) as file:
+    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have renamed it
+    with path.with_name('tmp').open(mode, newline='' if mode == 'w' else None) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    path.with_name('tmp').replace(path)
 
 
 def save(s, run, modules, mean, arrays):
@@ -562,7 +561,7 @@ def save(s, run, modules, mean, arrays):
                  num_update=modules[0]._optimizer.num_update, average_count=mean.count, checksum=run.checksum,
                  class_names=run.class_names, settings=dict(vars(s), workers=run.kv.num_workers), names=list(arrays),
                  versions=dict(mxnet=mx.__version__, numpy=np.__version__, python=sys.version))
-    path = os.path.join(run.folder, f'state-{run.epoch:04d}-{run.iteration:06d}.npz')
+    path = run.folder / f'state-{run.epoch:04d}-{run.iteration:06d}.npz'
     try:
         with whole_file(path) as file:
             np.savez(file, about=json.dumps(about, default=str), **arrays)
@@ -571,7 +570,7 @@ def save(s, run, modules, mean, arrays):
             if run.iteration or net == 'Gmean' and not s.average:
                 continue
             path = run.params_path(net, run.epoch - 1)
-            with whole_file(path.replace(f'-{run.epoch - 1:04d}.params', '-symbol.json')) as file:
+            with whole_file(path.with_name(path.name[:-len('0000.params')] + 'symbol.json')) as file:
                 file.write(mod.symbol.tojson().encode())
             params = {f'{kind}:{name}': mx.nd.array(arrays[name + end])
                       for kind, names in (('arg', mod._param_names), ('aux', mod._aux_names)) for name in names}
@@ -579,7 +578,7 @@ def save(s, run, modules, mean, arrays):
                 mx.nd.save(file.name, params)
                 mx.nd.load(file.name)  # MXNet does not notice every full disk
         for old in list_states(run.folder)[2:]:
-            os.remove(old)
+            old.unlink()
     except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
         print(f'WARNING: {path} is not saved: {data.last_line(error)}; the run goes on')
 
@@ -598,15 +597,14 @@ def network_arrays(modules, mean):
     return arrays
 
 
-def new_folder(stamp):
-    """Make a folder that has not been there, nor a picture of that name."""
-    folder = stamp
+def new_folder(path):
+    """Make a folder of that name, or with a number after it, that has not been there, nor a picture of the name."""
     for number in itertools.count(2):
+        folder = path if number == 2 else path.with_name(f'{path.name}_{number - 1}')
         with contextlib.suppress(FileExistsError):
-            if not os.path.exists(f'{folder}.png'):
-                os.makedirs(folder)
+            if not folder.with_name(f'{folder.name}.png').exists():
+                folder.mkdir(parents=True)
                 return folder
-        folder = f'{stamp}_{number}'
 
 
 def lock(folder, stack):
@@ -624,7 +622,7 @@ def lock(folder, stack):
 
 def list_states(folder):
     """The paths of a run's states, newest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), 'state-*-*.npz')), reverse=True)
+    return sorted(folder.glob('state-*-*.npz'), reverse=True)
 
 
 def find_state(path, rename=False):
@@ -633,23 +631,22 @@ def find_state(path, rename=False):
     Returns what it remembers of its run, with its `path`, and {name: array}. Raises OSError where the disk does not
     give it, ValueError where there is none. `rename`: a damaged one, so that it does not count among the newest two.
     """
-    for file in [path] if os.path.isfile(path) else list_states(path):
-        open(file, 'rb').close()
+    path = pathlib.Path(path)
+    for file in [path] if path.is_file() else list_states(path):
+        file.open('rb').close()
         try:
-            about, arrays = read_params(file) if file.endswith('.params') else read_state(file)
+            about, arrays = read_params(file) if file.suffix == '.params' else read_state(file)
             return dict(about, path=file), arrays
         except Exception as error:  # NumPy, zipfile and MXNet have a dozen kinds for a flipped bit
             print(f'WARNING: {file}: is damaged, or not of this program ({data.last_line(error)})')
             if rename:
-                os.replace(file, f'{file}.damaged')
+                file.replace(f'{file}.damaged')
     raise ValueError(f"resume: {path} has no state to go on from; set 'latest', a run's folder or a file in it")
 
 
 def read_state(path):
     """What a state-....npz remembers of its run, and {name: array}. Raises whatever NumPy raises."""
-    with open(path, 'rb') as file:
-        content = io.BytesIO(file.read())
-    with np.load(content, allow_pickle=False) as file:
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     about = json.loads(str(arrays.pop('about')))
     if about['names'] != list(arrays):  # after a flipped bit in the archive's directory NumPy loads fewer
@@ -660,13 +657,13 @@ def read_state(path):
 
 def read_params(path):
     """The same of an epoch's .params of G and D, or of the mean of G, without Adam's moments and step count."""
-    folder, name = os.path.split(path)
-    epoch, arrays = re.search('-([0-9]+).params$', name)[1], {}
-    for net in ['Gmean'] if '_Gmean_' in name else ['G', 'D']:
-        file = os.path.join(folder, re.sub('_(Gmean|G|D)_', f'_{net}_', name, count=1))
-        if net != 'D' or os.path.exists(file):  # samples need no D
-            arrays.update({key.split(':')[-1]: array.asnumpy() for key, array in mx.nd.load(file).items()})
-    symbol = mx.sym.load(re.sub('(Gmean|G|D)_(.*)-[0-9]+.params$', r'G_\2-symbol.json', path))
+    prefix, net, stamp, epoch = re.fullmatch('(.*)_(Gmean|G|D)_(.*)-([0-9]+).params', str(path)).groups()
+    arrays = {}
+    for other in ['Gmean'] if net == 'Gmean' else ['G', 'D']:
+        file = pathlib.Path(f'{prefix}_{other}_{stamp}-{epoch}.params')
+        if other != 'D' or file.exists():  # samples need no D
+            arrays.update({key.split(':')[-1]: array.asnumpy() for key, array in mx.nd.load(str(file)).items()})
+    symbol = mx.sym.load(f'{prefix}_G_{stamp}-symbol.json')
     class_names = json.loads(symbol.attr_dict().get('rand', {}).get('__classes__', '[]'))
     about = dict(epoch=int(epoch) + 1, iteration=0, num_update=0, average_count=0, seconds=0, class_names=class_names)
     return about, arrays
@@ -744,7 +741,7 @@ def load_generator(s, size):
     modG.init_params(None, params, params)
     class_names = about['class_names'] if about.get('settings', {'conditional': True})['conditional'] else []
     called = f'sample-{about["epoch"] - (about["iteration"] == 0):04d}'
-    if not end and '_Gmean_' not in about['path']:
+    if not end and '_Gmean_' not in about['path'].name:
         called += '-weights'
     return modG, class_names, about['path'], called
 
@@ -768,15 +765,15 @@ def make_samples(s):
     chosen = chosen_classes(s, class_names)
     Z = modG.data_shapes[0].shape[1] - len(class_names)
     try:
-        folder = new_folder(os.path.join(os.path.dirname(path), called))
+        folder = new_folder(path.with_name(called))
     except OSError as error:
-        print(f'WARNING: {error.filename} cannot be made ({error.strerror}): the images go to {s.out}')
-        folder = new_folder(os.path.join(s.out, called))
+        print(f'WARNING: {path.parent} cannot be written ({error.strerror}): the images go to {s.out}')
+        folder = new_folder(pathlib.Path(s.out, called))
     mosaic = []
     classes = np.resize(chosen, s.sample) if chosen else None
     for images, _ in generate(modG, fixed_latents(s.seed, s.sample, Z), classes):
         for image in images:
-            visual.save(os.path.join(folder, f'{len(mosaic):05d}.png'), visual.tile(image[None]))
+            visual.save(folder / f'{len(mosaic):05d}.png', visual.tile(image[None]))
             mosaic.append(image)
     visual.save(f'{folder}.png', visual.tile(np.stack(mosaic[:256]), min(len(chosen), 16) or None))
     # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
@@ -786,7 +783,7 @@ def make_samples(s):
     walk = np.concatenate([np.cos(arc) * a + np.sin(arc) * b for a, b in zip(points, points[1:])])
     classes = np.repeat(np.resize(chosen, rows), steps) if chosen else None
     walk = np.concatenate([images for images, _ in generate(modG, walk, classes)])
-    walk_path = os.path.join(os.path.dirname(folder), os.path.basename(folder).replace('sample', 'walk', 1) + '.png')
+    walk_path = folder.with_name(folder.name.replace('sample', 'walk') + '.png')
     visual.save(walk_path, visual.tile(walk, steps))
     print(f'{s.sample} images of {path}: {folder}.png, one by one in {folder}/; {walk_path}')
 
@@ -863,11 +860,12 @@ def run_training(s, stop, stack):
     data.check_devices(s)
     if kv.rank:  # the first worker prints, shows and saves
         stack.enter_context(contextlib.redirect_stdout(None))
-    folder = s.resume if os.path.isdir(s.resume) and not kv.rank else None
+    start = pathlib.Path(s.resume)
+    folder = start if s.resume and start.is_dir() and not kv.rank else None
     if folder:
         lock(folder, stack)
     try:
-        about, arrays = find_state(s.resume, bool(folder)) if s.resume else (None, None)
+        about, arrays = find_state(start, rename=bool(folder)) if s.resume else (None, None)
     except (ValueError, OSError):
         check_same(kv, os.getpid())  # the other workers wait at their next one
         raise
@@ -881,7 +879,7 @@ def run_training(s, stop, stack):
                            kv if s.kvstore == 'dist_sync' else s.kvstore, train_iter.class_names)
     mean = MeanG(s, modules[0])
     if not folder and not kv.rank:
-        folder = new_folder(os.path.join(s.out, f'{s.dataset}_{time.strftime("%Y_%m_%d-%H_%M")}'))
+        folder = new_folder(pathlib.Path(s.out, f'{s.dataset}_{time.strftime("%Y_%m_%d-%H_%M")}'))
         lock(folder, stack)
     run = Run(s, folder, train_iter, kv, stop, about)
     for title, mod in zip('GD', modules):
@@ -928,10 +926,10 @@ def train(settings):
             check(s)
             warn_of_no_effect(s)
             if s.resume == 'latest':
-                states = glob.glob(os.path.join(glob.escape(s.out), '*', 'state-*-*.npz'))
+                states = list(pathlib.Path(s.out).glob('*/state-*-*.npz'))
                 if not states:
                     raise ValueError(f"resume = 'latest': no run in {s.out} has a state to go on from")
-                s.resume = os.path.dirname(max(states, key=os.path.getmtime))
+                s.resume = str(max(states, key=os.path.getmtime).parent)
             if s.sample:
                 make_samples(s)
             else:

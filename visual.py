@@ -97,9 +97,9 @@ def save(path, picture):
 
 
 def _write(path, content):
-    with open(path + '.tmp', 'wb') as file:
+    with open(f'{path}.tmp', 'wb') as file:
         file.write(content)
-    os.replace(path + '.tmp', path)
+    os.replace(f'{path}.tmp', path)
 
 
 def film(out):
