@@ -512,6 +512,11 @@ def _picture_of(record):
 
 def _decode(content):
     """A picture file's bytes -> uint8 (height, width, 3), BGR, upright, over white; None if OpenCV cannot read it."""
+    at = 8
+    while content[:4] == b'\x89PNG' and content[at + 4:at + 8] != b'IEND':  # OpenCV allocates what a chunk promises
+        at += 12 + int.from_bytes(content[at:at + 4], 'big')
+        if at > len(content):
+            return None
     content = np.frombuffer(content, np.uint8)
     try:
         image = cv2.imdecode(content, cv2.IMREAD_COLOR)
@@ -565,10 +570,8 @@ def _write_records(file, paths, labels):
                     name = os.fsencode(paths[i]).decode('utf-8', 'replace')
                     print(f'skipped, no picture that OpenCV can read: {name}', flush=True)
                 continue
-            parts = mx.recordio.pack(mx.recordio.IRHeader(0, labels[i], 0, 0), jpeg).split(MAGIC)
-            kinds = [1] + [2] * (len(parts) - 2) + [3] if len(parts) > 1 else [0]
-            for kind, part in zip(kinds, parts):
-                file.write(MAGIC + struct.pack('<I', kind << 29 | len(part)) + part + bytes(-len(part) % 4))
+            record = mx.recordio.pack(mx.recordio.IRHeader(0, labels[i], 0, 0), jpeg)
+            file.write(MAGIC + struct.pack('<I', len(record)) + record + bytes(-len(record) % 4))
     print(f'{len(paths) - num_skipped} pictures packed, {num_skipped} files skipped', flush=True)
     return len(paths) - num_skipped
 

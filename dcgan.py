@@ -406,7 +406,7 @@ def print_count(s, run, coverage, row, weights):
         print(f'epoch: {epoch} digits as asked: {100 * row["asked"]:.1f} %, worst: {100 * row["asked_worst"]:.1f} %')
     row.update({f'{name}_weights': weights.get(name) for name in MEASURES})
     run.add_row(**{**row, 'epoch': epoch, 'iteration': run.num_batches})
-    counts = [row for row in run.rows if 'kl' in row]
+    counts = [count for count in run.rows if count.keys() >= run.rows[-1].keys()]  # a disk may have cut a row
     grey = coverage.real_median + 10
     if min(count['median'] for count in counts) <= grey < max(row['median'], row['median_weights']):
         visual.warn_once('grey', 'WARNING: the background turns grey: set d1_bias = True, or a smaller lr')
@@ -748,7 +748,7 @@ def load_generator(s, size):
 
 def chosen_classes(s, class_names):
     """The classes from 0 on that `digits` asks for by their names. Raises ValueError where there is no such name."""
-    names = [name.strip() for name in s.digits.split(',')] if ',' in s.digits else list(s.digits)
+    names = list(filter(None, s.digits.replace(' ', '').split(','))) if ',' in s.digits else list(s.digits)
     if names and not class_names:
         misuse(f'digits = {s.digits!r}: that run is not conditional, and its G makes what it likes')
     for name in names:

@@ -4,7 +4,6 @@ The windows belong to a child process that shows the files as they change. OpenC
 or loses it, without an exception; the child process keeps that away from the training.
 """
 import glob
-import math
 import os
 import resource
 import signal
@@ -18,7 +17,6 @@ import numpy as np
 TITLES = ('gout', 'diff', 'data', 'loss')  # the windows, in the order of their places
 QUIT = ord('q')       # the viewer's exit status after that key
 MOST_IMAGES = 256     # of a mosaic that is shown
-MOST_COLUMNS = 16     # of a mosaic with a class in each column
 FILM_BYTES = 3_000_000
 _viewers = {}    # folder: the child process that shows its pictures, or None where there is no screen
 _warned = set()  # the kinds of warning that have been printed
@@ -50,7 +48,7 @@ def by_class(X, classes, num_classes, rows=None):
     k // 16; a block has `rows` rows, by default as many as the n images fill. A place without an image is black; images
     for which a column has no place left are not shown. Returns (places, c, height, width) of X's dtype, row by row.
     """
-    columns = min(num_classes, MOST_COLUMNS)
+    columns = min(num_classes, 16)
     blocks = -(-num_classes // columns)
     rows = rows or -(-len(X) // num_classes)
     table = np.full((blocks, rows, columns) + X.shape[1:], -1, X.dtype)
@@ -70,7 +68,7 @@ def visual(title, X, out='out', display=True, classes=None, num_classes=0):
         picture = tile(X[:MOST_IMAGES])
     else:
         rows = min(-(-len(X) // num_classes), MOST_IMAGES // max(num_classes, 8))  # few classes: no long strip
-        picture = tile(by_class(X, classes, num_classes, rows), min(num_classes, MOST_COLUMNS))
+        picture = tile(by_class(X, classes, num_classes, rows), min(num_classes, 16))
     show_picture(title, picture, out, display)
 
 
@@ -87,7 +85,7 @@ def show_picture(title, picture, out='out', display=True):
     except OSError as error:
         warn_once('write', f'WARNING: no picture can be written or shown ({error}); the run goes on')
         return
-    if display and (_viewers[out] is None or _viewers[out].poll() not in (None, QUIT)):
+    if display and (_viewers[out] is None or _viewers[out].poll() not in (None, 0, QUIT)):
         warn_once('window', f'no window can be shown here (why: python visual.py {out}); the pictures are in {out}')
 
 
@@ -230,29 +228,31 @@ def _view(out):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # OpenCV aborts where there is no screen: no core file for that
     os.environ['QT_QPA_PLATFORM'] = 'xcb'  # OpenCV brings no other; desktops ask for Wayland's
     parent = os.getppid()
-    shown = {}  # title: the time of the file that its window shows
-    due = {}    # title: when its window gets its size and place
+    shown = {}     # title: the time of the file that its window shows
+    due = {}       # title: when it is drawn anew, for a window that was moved or covered may have stayed blank
+    placed = set()
     while os.getppid() == parent:
         for title in TITLES:
             path = os.path.join(out, f'{title}.png')
             try:
                 changed = os.stat(path).st_mtime_ns
-            except OSError:  # there is none yet, or its folder has been renamed
+                closed = title in shown and cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) < 1
+            except OSError:  # no picture yet, or its folder has been renamed
                 continue
-            place = time.monotonic() > due.get(title, math.inf)
-            picture = cv2.imread(path) if changed != shown.get(title) or place else None
+            except cv2.error:  # a person has closed the last window, and Qt has ended
+                sys.exit(0)
+            again = time.monotonic() > due.get(title, 0)
+            picture = cv2.imread(path) if not closed and (again or changed != shown.get(title)) else None
             if picture is None:
                 continue
-            shown[title] = changed
-            if place:
-                due[title] = math.inf
-            if title not in due:
+            if title not in shown:
                 cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
-                due[title] = time.monotonic() + 1  # not at once: a window that is moved while it opens may stay blank
-            elif cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) == 0:
-                continue  # a person has closed it: it stays closed
-            elif place:
+            elif again and title not in placed:  # not at once: a window manager moves a window that opens
+                placed.add(title)
                 _place(title, picture)
+            shown[title] = changed
+            if again:
+                due[title] = time.monotonic() + 1
             cv2.imshow(title, picture)
         if cv2.waitKey(50) & 0xff == QUIT:
             sys.exit(QUIT)

@@ -14,7 +14,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny networks gain nothing from
 
 import dcgan
 
-mx = dcgan.mx
+mx, data = dcgan.mx, dcgan.data
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL_MNIST = os.path.join(ROOT, '..', 'shared', 'mnist')
@@ -28,6 +28,18 @@ TINY = dict(dataset='digits', ngf=4, ndf=4, nc=1, Z=8, lr=0.0002, head_start=0, 
 def tiny(tmp_path):
     """Settings of a run of 15 iterations an epoch; keywords change them."""
     return lambda **changes: dcgan.Settings(**{**TINY, 'out': str(tmp_path / 'out'), **changes})
+
+
+@pytest.fixture
+def few(tiny, monkeypatch):
+    """The same over so many images only, by default 115: 12 iterations an epoch, the last filled up from the start."""
+    X, X_test, y, y_test = data.get_digits(labels=True)
+
+    def settings(images=115, **changes):
+        monkeypatch.setattr(data, 'get_digits', lambda labels: (X[:images], X_test, y[:images], y_test))
+        return tiny(**{'batch_size': 10, **changes})
+
+    return settings
 
 
 @pytest.fixture

@@ -1,154 +1,317 @@
-"""Which digits there are: the line of an epoch, the conditional networks, and images out of a checkpoint."""
-import csv
+"""Which digits there are: the count of an epoch and its warnings, the conditional networks, and samples."""
+import contextlib
+import functools
 import glob
+import io
 import os
+import re
+import shutil
+import signal
+import struct
+import types
 
 import data
 
 import cv2
+import mxnet as mx
 import numpy as np
 import pytest
+from conftest import TINY, final_params, newest, rows, same_bits, stop_after
 
 import dcgan
 import visual
 
-mx = dcgan.mx
+replace = dcgan.dataclasses.replace
+# labels, images, batch size: sets of ten classes, of two (with Fréchet distances), and of twenty
+SETS = {'plain': (range(10), 115, 10), 'two': ((3, 7), 2000, 100), 'twenty': (range(20), 115, 10)}
 
 
-@pytest.mark.parametrize('conditional', [False, True])
-def test_the_line_and_the_columns_of_an_epoch(tiny, capsys, conditional):
-    s = tiny(epochs=2, coverage=True, conditional=conditional)
-    dcgan.train(s)
-    lines = capsys.readouterr().out.splitlines()
-    shares, asked = ([line for line in lines if word in line] for word in ('of 10, shares: ', 'digits as asked: '))
-    assert len(shares) == 2 and len(asked) == 2 * conditional and all(len(line) <= 100 for line in shares)
-    with open(f'{s.out}/latest/log.csv') as file:
-        rows = [row for row in csv.DictReader(file) if row['kl']]
-    assert [(row['epoch'], row['iteration'], bool(row['asked'])) for row in rows] == [
-        ('0', '15', conditional), ('1', '15', conditional)]
-    assert np.isclose(sum(float(rows[0][f'share_{digit}']) for digit in range(10)), 1)
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The settings of a finished run of two epochs over a made-up set, 'plain' or conditional, and what it printed."""
+    @functools.lru_cache(maxsize=None)
+    def finished(kind):
+        labels, n, batch_size = SETS[kind]
+        folder, rng = tmp_path_factory.mktemp('set'), np.random.RandomState(0)
+        y = np.resize(labels, n).astype(np.uint8)
+        X = rng.randint(0, 60, (n, 28, 28), dtype=np.uint8)
+        X[np.arange(n), y] = 255  # a class is a white row
+        for part in 'train', 't10k':
+            (folder / f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>4I', 0x803, *X.shape) + X.tobytes())
+            (folder / f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>2I', 0x801, n) + y.tobytes())
+        s = dcgan.Settings(**{**TINY, 'dataset': 'mnist', 'mnist_path': str(folder), 'out': str(folder / 'out'),
+                              'batch_size': batch_size, 'epochs': 2, 'coverage': True, 'conditional': kind != 'plain'})
+        return s, printed(s)
+    return finished
+
+
+def printed(s, **changes):
+    """Train or sample, and return what is printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        dcgan.train(replace(s, **changes))
+    return out.getvalue()
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    """Settings for samples of a finished run of that kind, a copy, which needs no data."""
+    def copy(kind, **changes):
+        out = str(tmp_path / 'D_runs')  # 'D_' as in a file's name
+        s = replace(run(kind)[0], resume='latest', sample=5, mnist_path='nowhere', out=out)
+        if not os.path.exists(s.out):
+            shutil.copytree(run(kind)[0].out, s.out)
+        return replace(s, **changes)
+    return copy
+
+
+def load(s, net, epoch, batch_size):
+    """G out of an epoch's .params by MXNet's own loading."""
+    path, = glob.glob(f'{newest(s.out)}/*_{net}_*-{epoch:04d}.params')
+    mod = mx.mod.Module.load(path[:-len('-0000.params')], epoch, data_names=('rand',), label_names=None)
+    mod.bind([('rand', (batch_size, mod._arg_params['g1_weight'].shape[0], 1, 1))], for_training=False)
+    return mod
+
+
+def forward(mod, inputs):
+    mod.forward(mx.io.DataBatch([mx.nd.array(inputs.reshape(inputs.shape + (1, 1)))]), is_train=False)
+    return mod.get_outputs()[0].asnumpy()
+
+
+# ---------------------------------------------------------------- the count of an epoch
+
+@pytest.mark.parametrize('kind', SETS)
+def test_the_lines_and_the_columns_of_an_epoch(run, kind):
+    s, out = run(kind)
+    names, fd = [str(label) for label in SETS[kind][0]], kind == 'two'
+    line = (rf'^epoch: (\d) digits: \d+ of {len(names)}, shares:(?: \d+){{{len(names)}}} %, confidence: \d\.\d\d, '
+            r'KL: \d+\.\d{3}' + r', FD: \d+\.\d\d' * fd + '$')
+    assert re.findall(line, out, re.M) == ['0', '1']
+    assert len(re.findall(r'^epoch: \d digits as asked: \d+\.\d %, worst: \d+\.\d %$', out, re.M)) == 2 * s.conditional
+    assert len(re.findall(r'^FD: the Fréchet distance from real images; real ones have \d', out, re.M)) == fd
+    measures = ['confidence', 'fd', 'median', 'asked', 'asked_worst']
+    found = rows(s.out)
+    assert list(found[0]) == ['epoch', 'iteration', 'seconds', 'facc', 'fentropy_G', 'fentropy_D', 'images_per_second',
+                              *(f'share_{name}' for name in names), 'digits', 'kl',
+                              *measures, *(f'{name}_weights' for name in measures)]
+    counts = [row for row in found if row['kl']]
+    last = max(int(row['iteration']) for row in found)
+    assert [(row['epoch'], row['iteration']) for row in counts] == [('0', str(last)), ('1', str(last))]
+    for row in counts:
+        assert np.isclose(sum(float(row[f'share_{name}']) for name in names), 1)
+        for end in ('', '_weights'):
+            assert [bool(row[name + end]) for name in measures] == [True, fd, True, s.conditional, s.conditional]
+
+
+@pytest.mark.parametrize('kind', ['plain', 'twenty'])
+def test_the_average_is_counted_and_g_beside_it(run, kind):
+    """Over latents and, with the reals' shares, classes that are always the same."""
+    s, _ = run(kind)
+    X, _, y, _ = data.get_mnist(s.mnist_path, labels=True)
+    coverage = data.Coverage(X, y, [str(label) for label in SETS[kind][0]])
+    counts = [coverage.count(dcgan.generate(load(s, net, 1, 100), dcgan.fixed_latents(s.seed, 1000, s.Z),
+                                            np.resize(y, 1000) if s.conditional else None)) for net in ('Gmean', 'G')]
+    expected = {**counts[0], **{f'{name}_weights': counts[1][name] for name in ('confidence', 'median')}}
+    found = rows(s.out)[-1]
+    assert all(np.isclose(float(found[name]), value, rtol=1e-4) for name, value in expected.items() if name != 'fd')
+    assert found['confidence'] != found['confidence_weights']
+
+
+GREY, LOST = 'background turns grey', 'makes no digits'
+
+
+@pytest.mark.parametrize('course, expected, best', [
+    ([(127, 60, .1), (2, 9, .7), (3, 6, .8), (13, 29, .3)], [], None),
+    ([(127, 60, .1), (100, 60, .1), (120, 70, .1)], [], None),  # early; it has never been good
+    ([(127, None, .1), (100, None, .3)], [], None),
+    ([(2, 9, .8), (14, 9, .8), (20, 9, .8)], [GREY], None),
+    ([(2, 9, .8), (2, 9, .8, 14, 9, .8)], [GREY], None),  # the weights, of which the average comes late
+    ([(2, 9, .8), (2, 5, .8), (2, 26, .8), (2, 50, .8)], [LOST], 1),
+    ([(2, 5, .8), (2, 9, .8), (2, 6, .8, 2, 26, .8)], [LOST], 0),
+    ([(2, None, .6), (2, None, .9), (2, None, .4), (2, None, .3)], [LOST], 1),
+    ([(2, None, .6), (2, None, .9, 2, None, .4)], [LOST], 1),
+    ([(2, 5, .9), (30, 50, .3)], [GREY, LOST], 0)])
+def test_each_warning_comes_once_and_in_time(few, monkeypatch, course, expected, best):
+    """`course`: each epoch's median pixel, Fréchet distance and confidence, of the average and, if others, of G."""
+    counts = [dict(zip(('median', 'fd', 'confidence'), epoch[i:i + 3]), **{f'share_{k}': .1 for k in range(10)},
+                   digits=10, kl=0.01) for epoch in course for i in (0, len(epoch) - 3)]
+    judge = types.SimpleNamespace(num_images=5, floor=1.0, real_median=3, count=lambda batches: counts.pop(0))
+    monkeypatch.setattr(data, 'Coverage', lambda *args: judge)
+    s = few(batch_size=115, epochs=len(course), coverage=True)
+    warned = [line for line in printed(s).splitlines() if line.startswith('WARNING')]
+    assert len(warned) == len(expected) and all(words in line for words, line in zip(expected, warned)), warned
+    if best is not None:
+        path = re.search("resume = '(.*)'", warned[-1])[1]
+        assert os.path.isfile(path) and path.endswith(f'-{best:04d}.params') and '_G_' in path
+    assert counts == []
+
+
+def test_a_log_that_is_cut_in_a_count(run, copied):
+    """By a full disk and a kill: the row does not count when the next epoch is judged."""
+    s = copied('plain', sample=0, epochs=3, mnist_path=run('plain')[0].mnist_path)
+    log = os.path.join(newest(s.out), 'log.csv')
+    lines = open(log).read().splitlines()
+    cut = lines[-1].split(',')[:lines[0].split(',').index('kl') + 1]
+    open(log, 'w').write('\n'.join([*lines[:-1], ','.join(cut)]))
+    assert 'epoch: 2 digits: ' in printed(s)
+    assert [bool(row['median']) for row in rows(s.out) if row['kl']] == [True, False, True]
 
 
 # ---------------------------------------------------------------- conditional
 
-def test_what_a_conditional_d_is_shown(tiny, monkeypatch):
-    """Fakes and reals with ten constant maps, their digit's alone being ones; G gets the image's part of `diff`."""
-    s = tiny(conditional=True, batch_size=50, nc=3, ctx=[mx.cpu()])
+def test_what_a_conditional_d_is_shown(few, monkeypatch):
+    """Each image with its class; G is told the classes of its fakes, one-hot."""
+    s = few(conditional=True, batch_size=50, nc=3, ctx=(mx.cpu(),))
     X, _, y, _ = data.get_digits(labels=True)
-    batches = data.PixelIter(X, y, 50, 3, conditional=True)
-    latents = data.RandIter(50, s.Z, conditional=True)
-    modules = dcgan.make_modules(s, batches.provide_data, latents.provide_data)
-    seen, rbatch, batch = [], next(latents), next(batches)
+    real, latents = data.PixelIter(X, y, 50, 3, conditional=True), data.RandIter(50, s.Z, classes=y)
+    modules = dcgan.make_modules(s, real.provide_data, latents.provide_data, class_names=real.class_names)
+    seen, rbatch, batch = [], latents.next(), real.next()
     for mod in modules[1:]:
         monkeypatch.setattr(mod, 'forward', lambda b, is_train, f=mod.forward: seen.append(
-            b.data[0].asnumpy()) or f(b, is_train=is_train))
-    monkeypatch.setattr(modules[0], 'backward', lambda grads, f=modules[0].backward: seen.append(
-        grads[0].asnumpy()) or f(grads))
-    fakes, diff, _ = dcgan.train_step(*modules, rbatch, batch, mx.nd.zeros(50), mx.nd.ones(50))
-    fake, real, again, gradient = seen
+            [array.asnumpy() for array in b.data + b.label]) or f(b, is_train=is_train))
+    labels = [mx.nd.full(50, label) for label in (0, 1, 0.9)]
+    fakes, diff, _ = dcgan.train_step(*modules, rbatch, batch, *labels)
     digits = rbatch.label[0].asnumpy()
-    for shown, expected in (fake, digits), (real, y[:50]), (again, digits):
-        assert shown.shape == (50, 13, 64, 64)
-        assert np.array_equal(shown[:, 3:], np.broadcast_to(np.eye(10)[expected][:, :, None, None], (50, 10, 64, 64)))
-    assert np.array_equal(fake[:, :3], fakes.asnumpy()) and np.array_equal(again, fake)
-    assert np.array_equal(rbatch.data[0].asnumpy()[:, s.Z:, 0, 0], np.eye(10)[digits])
-    assert gradient.shape == (50, 3, 64, 64) and np.array_equal(gradient, diff.asnumpy())
-    assert np.array_equal(gradient, modules[2].get_input_grads()[0].asnumpy()[:, :3])
+    expected = [(fakes, digits, 0), (batch.data[0], y[:50], 0.9), (fakes, digits, 1)]
+    for (images, classes, label), (shown, asked, said) in zip(expected, seen):
+        assert np.array_equal(images.asnumpy(), shown) and np.array_equal(asked, classes)
+        assert np.array_equal(said, np.full(50, label, np.float32))
+    assert len(seen) == 3 and diff.shape == (50, 3, 64, 64) and len(set(digits)) == 10
+    assert np.array_equal(rbatch.data[0].asnumpy()[:, s.Z:, 0, 0], np.eye(10)[digits.astype(int)])
 
 
-# ---------------------------------------------------------------- images out of a checkpoint
-
-def samples(s, **changes):
-    dcgan.train(dcgan.dataclasses.replace(s, resume='latest', **changes))
-    return {name: cv2.imread(os.path.join(s.out, 'latest', name)) for name in ('sample.png', 'walk.png')}
-
-
-def test_samples(tiny, capsys):
-    s = tiny(epochs=2)
-    dcgan.train(s)
-    # no data, another machine's folder: sampling needs neither
-    first = samples(s, sample=30, dataset='mnist', mnist_path='nowhere')
-    assert [line for line in capsys.readouterr().out.splitlines()][-1].startswith('30 images of ')
-    single = [cv2.imread(os.path.join(s.out, 'latest', 'sample', f'{i:05d}.png')) for i in range(30)]
-    assert len(os.listdir(os.path.join(s.out, 'latest', 'sample'))) == 30
-    assert first['sample.png'].shape == (5 * 64, 6 * 64, 3) and first['walk.png'].shape == (6 * 64, 10 * 64, 3)
-    assert np.array_equal(first['sample.png'][64:128, :64], single[6])
-    again = samples(s, sample=30)
-    assert all(np.array_equal(first[name], again[name]) for name in first)
-    other = samples(s, sample=30, seed=4)
-    assert not np.array_equal(first['sample.png'], other['sample.png'])
-    # independently: MXNet's own loading, the moving averages, NumPy's latents
-    path = sorted(glob.glob(f'{s.out}/latest/*_G_*-0001.params'))[0]
-    mod = mx.mod.Module.load(path[:-len('-0001.params')], 1, data_names=('rand',), label_names=None)
-    mod.bind([('rand', (30, 8, 1, 1))], for_training=False)
-    latent = np.random.RandomState(3).normal(size=(30, 8)).astype(np.float32)
-    mod.forward(mx.io.DataBatch([mx.nd.array(latent.reshape(30, 8, 1, 1))]), is_train=False)
-    assert np.array_equal(visual.tile(mod.get_outputs()[0].asnumpy()), first['sample.png'])
+@pytest.mark.parametrize('kind', ['two', 'twenty'])
+def test_stopped_and_resumed_to_the_last_bit(run, kind, tmp_path, monkeypatch):
+    s = replace(run(kind)[0], out=str(tmp_path / 'other'))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        stop_after(patch, 3)
+        printed(s)
+    assert caught.value.code == 128 + signal.SIGTERM and len(rows(s.out)) == 1
+    printed(s, resume='latest')
+    assert same_bits(final_params(s.out), final_params(run(kind)[0].out))
+    means = [dcgan.find_state(newest(out))[1] for out in (s.out, run(kind)[0].out)]
+    assert means[0].keys() == means[1].keys()
+    assert all(means[0][name].tobytes() == array.tobytes() for name, array in means[1].items())
+    logs = [[{**row, 'seconds': 0, 'images_per_second': 0} for row in rows(out)] for out in (s.out, run(kind)[0].out)]
+    assert logs[0] == logs[1]
 
 
-def test_many_samples_are_made_in_batches(tiny, monkeypatch):
-    """So that their memory is that of a batch; the images are those of one forward."""
-    s = tiny()
-    dcgan.train(s)
-    lengths, generate = [], dcgan.generate
-    monkeypatch.setattr(dcgan, 'generate', lambda modG, latent, digits: lengths.append(len(latent)) or
-                        generate(modG, latent, digits))
-    picture = samples(s, sample=250)['sample.png']
-    assert lengths == [100, 100, 50, 60]  # 60 are the walk's
-    path, = glob.glob(f'{s.out}/latest/*_G_*-0000.params')
-    mod = mx.mod.Module.load(path[:-len('-0000.params')], 0, data_names=('rand',), label_names=None)
-    mod.bind([('rand', (250, 8, 1, 1))], for_training=False)
-    latent = np.random.RandomState(3).normal(size=(250, 8)).astype(np.float32)
-    mod.forward(mx.io.DataBatch([mx.nd.array(latent.reshape(250, 8, 1, 1))]), is_train=False)
-    assert np.abs(visual.tile(mod.get_outputs()[0].asnumpy()).astype(int) - picture).max() <= 1
-
-
-def test_fewer_samples_than_the_last_time(tiny):
-    s = tiny()
-    dcgan.train(s)
-    samples(s, sample=9)
-    samples(s, sample=5)
-    assert len(os.listdir(os.path.join(s.out, 'latest', 'sample'))) == 5
-
-
-def test_ctrl_c_while_samples_are_made(child):
-    assert child().wait(timeout=300) == 0
-    process = child(resume='latest', sample=9, before="""
-dcgan.signal.signal(dcgan.signal.SIGINT, dcgan.signal.default_int_handler)  # a job in the background ignores it
-dcgan.visual.save = lambda *args: dcgan.os.kill(dcgan.os.getpid(), dcgan.signal.SIGINT)""")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and err == ''
-
-
-def test_the_walk_goes_through_its_points(tiny):
-    """The last image of a row and the first of the next are of the same latent vector."""
-    s = tiny()
-    dcgan.train(s)
-    walk = samples(s, sample=1)['walk.png'].reshape(6, 64, 10, 64, 3).swapaxes(1, 2)
-    assert np.abs(walk[:-1, -1].astype(int) - walk[1:, 0]).max() <= 1
-    assert np.any(walk[0, 0] != walk[0, -1])
-
-
-def test_the_digits_asked_for(tiny, monkeypatch):
-    s = tiny(conditional=True)
-    dcgan.train(s)
-    asked = []
-    generate = dcgan.generate
-    monkeypatch.setattr(dcgan, 'generate', lambda modG, latent, digits: asked.append(digits.tolist()) or
-                        generate(modG, latent, digits))
-    pictures = samples(s, sample=10, digits='5551234')
-    assert asked[0] == [5, 5, 5, 1, 2, 3, 4, 5, 5, 5]
-    assert asked[-1] == [d for d in (5, 5, 5, 1, 2, 3) for _ in range(10)]
-    assert pictures['sample.png'].shape == (2 * 64, 7 * 64, 3)  # one digit a column
-
-
-def test_the_mosaics_of_the_epochs_are_of_the_same_latents(tiny):
-    s = tiny(epochs=2, check_point=True)
-    dcgan.train(s)
-    latent, digits = dcgan.fixed_latents(s, s.batch_size)
+@pytest.mark.parametrize('kind', ['plain', 'twenty'])
+def test_the_mosaics_of_the_epochs_are_of_the_same_latents(run, kind):
+    s, _ = run(kind)
+    classes, latents = np.arange(10), dcgan.fixed_latents(s.seed, 10, s.Z)
     for epoch in range(2):
-        path, = glob.glob(f'{s.out}/latest/*_G_*-{epoch:04d}.params')
-        mod = mx.mod.Module.load(path[:-len('-0000.params')], epoch, data_names=('rand',), label_names=None)
-        mod.bind([('rand', (s.batch_size, 8, 1, 1))], for_training=False)
-        expected = visual.tile(dcgan.generate(mod, latent, digits))
-        assert np.array_equal(cv2.imread(f'{s.out}/latest/gout-{epoch:04d}.png'), expected)
+        if kind == 'twenty':
+            images = forward(load(s, 'Gmean', epoch, 10), np.concatenate([latents, np.eye(20)[classes]], axis=1))
+            expected = visual.tile(visual.by_class(images, classes, 20, 1), 16)
+        else:
+            expected = visual.tile(forward(load(s, 'Gmean', epoch, 10), latents))
+        assert np.array_equal(cv2.imread(f'{newest(s.out)}/gout-{epoch:04d}.png'), expected)
+
+
+# ---------------------------------------------------------------- samples
+
+def contents(folder):
+    paths = [path for path in glob.glob(f'{folder}/**', recursive=True) if os.path.isfile(path)]
+    return {os.path.relpath(path, folder): open(path, 'rb').read() for path in paths}
+
+
+def test_samples(run, copied, monkeypatch):
+    """Of whatever a run has; a name tells the epoch and the kind of G, and nothing is overwritten."""
+    s, folder, seen, generate = copied('plain', sample=25), newest(copied('plain').out), [], dcgan.generate
+    monkeypatch.setattr(dcgan, 'generate', lambda mod, latents, classes: seen.append(
+        (mod.data_shapes[0].shape, latents)) or generate(mod, latents, classes))
+    path = {net: glob.glob(f'{folder}/*_{net}_*-0000.params')[0] for net in ('G', 'D', 'Gmean')}
+    before = contents(folder)
+    for resume, name in (('latest', '0001'), (folder, '0001_2'), (f'{folder}/state-0002-000000.npz', '0001_3'),
+                         (f'{folder}/state-0001-000000.npz', '0000'), (path['G'], '0000-weights'),
+                         (path['D'], '0000-weights_2'), (path['Gmean'], '0000_2')):
+        line = printed(s, resume=resume).splitlines()[-1]
+        assert line.startswith('25 images of ') and line.endswith(
+            f': {folder}/sample-{name}.png, one by one in {folder}/sample-{name}/; {folder}/walk-{name}.png')
+        after = contents(folder)
+        assert {file: after[file] for file in before} == before
+        assert set(after) - set(before) == {f'sample-{name}.png', f'walk-{name}.png',
+                                            *(f'sample-{name}/{i:05d}.png' for i in range(25))}
+        before = after
+    same = [f'sample-{name}.png' for name in ('0001', '0001_2', '0001_3')]
+    assert len({after[name] for name in same}) == 1 and after['sample-0000.png'] == after['sample-0000_2.png']
+    assert len({after[f'sample-{name}.png'] for name in ('0001', '0000', '0000-weights')}) == 3
+    # independently: MXNet's own loading, and one forward where the program makes batches
+    for net, epoch, name in (('Gmean', 1, '0001'), ('G', 0, '0000-weights')):
+        picture = visual.tile(forward(load(s, net, epoch, 25), dcgan.fixed_latents(s.seed, 25, s.Z)))
+        found = cv2.imread(f'{folder}/sample-{name}.png')
+        assert found.shape == (5 * 64, 5 * 64, 3) and np.abs(found.astype(int) - picture).max() <= 1
+        assert np.array_equal(found[64:128, :64], cv2.imread(f'{folder}/sample-{name}/00005.png'))
+    assert {shape for shape, _ in seen} == {(10, 8, 1, 1)}  # so that many samples take no more memory
+    # the last image of a walk's row and the first of the next are of the same latent vector; between them is an arc
+    walk = cv2.imread(f'{folder}/walk-0001.png').reshape(6, 64, 10, 64, 3).swapaxes(1, 2).astype(int)
+    assert np.abs(walk[:-1, -1] - walk[1:, 0]).max() <= 1 and np.any(walk[0, 0] != walk[0, -1])
+    a, b = dcgan.fixed_latents(s.seed, 7, s.Z)[:2]
+    fifth = np.cos(np.pi / 2 * 4 / 9) * a + np.sin(np.pi / 2 * 4 / 9) * b
+    assert np.allclose(seen[1][1][4], fifth)
+    shutil.rmtree(f'{folder}/sample-0001')
+    printed(s, seed=4)
+    assert contents(folder)['sample-0001_4.png'] != after['sample-0001.png'] == contents(folder)['sample-0001.png']
+    with pytest.raises(SystemExit, match='for sample only'):
+        printed(run('plain')[0], resume=path['Gmean'], out=s.out)
+
+
+@pytest.mark.parametrize('kind, digits, net, chosen', [
+    ('twenty', '3, 12', '', [3, 12]), ('twenty', '7', 'G', [7]), ('twenty', '12,', 'D', [12]),
+    ('twenty', '512', 'Gmean', [5, 1, 2]), ('twenty', '', 'G', list(range(20))),
+    ('two', '7', '', [1]), ('two', '', 'Gmean', [0, 1])])
+def test_the_digits_asked_for(copied, monkeypatch, kind, digits, net, chosen):
+    s, asked, generate = copied(kind, digits=digits), [], dcgan.generate
+    monkeypatch.setattr(dcgan, 'generate', lambda mod, latents, classes: asked.append(list(classes)) or
+                        generate(mod, latents, classes))
+    path = glob.glob(f'{newest(s.out)}/*_{net}_*-0001.params')[0] if net else 'latest'
+    sample = re.search(r': (\S+\.png), one', printed(s, resume=path))[1]
+    assert [asked[0], asked[1][::10]] == [list(np.resize(chosen, n)) for n in (5, 6)]
+    # as MXNet's own loading makes them; each class has a column
+    one_hot = np.eye(len(SETS[kind][0]), dtype=np.float32)[asked[0]]
+    images = forward(load(s, net.replace('D', 'G') or 'Gmean', 1, 5),
+                     np.concatenate([dcgan.fixed_latents(s.seed, 5, s.Z), one_hot], axis=1))
+    expected = visual.tile(images, min(len(chosen), 16))
+    assert np.abs(cv2.imread(sample).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize('kind, changes, code, words', [
+    ('twenty', dict(digits='3, 21'), 'line', ["'3, 21'", "no '21'", '0, 1, 2, 3']),
+    ('two', dict(digits='123'), 'line', ["'123'", "no '1'", '3, 7']),
+    ('plain', dict(digits='7', conditional=True), 2, ['not conditional']),
+    ('plain', dict(digits='7'), 2, ['without conditional'])])
+def test_digits_that_cannot_be_had(copied, capsys, kind, changes, code, words):
+    with pytest.raises(SystemExit) as caught:
+        dcgan.train(copied(kind, **changes))
+    line = caught.value.code if code == 'line' else capsys.readouterr().err.strip()
+    assert code in ('line', caught.value.code) and '\n' not in line and all(word in line for word in words)
+
+
+def test_a_folder_that_cannot_be_written(copied, monkeypatch):
+    """A mounted data set, say: the images go to `out`."""
+    s, makedirs = copied('plain'), os.makedirs
+    folder = newest(s.out)
+
+    def read_only(path, *args, **kwargs):
+        if str(path).startswith(folder):
+            raise OSError(30, 'Read-only file system', path)
+        makedirs(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, 'makedirs', read_only)
+    before = contents(folder)
+    line = printed(s).splitlines()[-1]
+    assert line.endswith(f': {s.out}/sample-0001.png, one by one in {s.out}/sample-0001/; {s.out}/walk-0001.png')
+    assert contents(folder) == before and len(os.listdir(f'{s.out}/sample-0001')) == 5
+
+
+def test_ctrl_c_while_samples_are_made(copied, monkeypatch, capsys):
+    s = copied('plain')
+    monkeypatch.setattr(visual, 'save', lambda *args: signal.raise_signal(signal.SIGINT))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(SystemExit) as caught:
+            dcgan.train(s)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert caught.value.code == 130 and capsys.readouterr().err == ''

@@ -14,19 +14,24 @@ import dcgan
 
 
 def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epochs=1, parts=1,
-          d1_bias=False, pos_label=1., head_start=0):
-    """Train for epochs of so many steps on float images X (n, nc, 64, 64). The last three: the published script's.
+          d1_bias=False, pos_label=1., head_start=0, y=None, record=None):
+    """Train for epochs of so many steps on float images X (n, nc, 64, 64). `d1_bias`, `pos_label` and `head_start` are
+    the published script's. Conditional with `y` (n,), the images' classes from 0 on.
 
     Returns {name: array}, the parameters and (the first part's) moving averages of both networks, and for each step
-    the metrics' (facc, fentropy of G, of D).
+    the metrics' (facc, fentropy of G, of D). `record`: a list that gets of each step the fakes, `diff`, and D's answers
+    to the fakes, to the reals, and to the fakes after its update.
     """
-    gout, dloss = dcgan.make_dcgan_sym(ngf, ndf, nc, d1_bias=d1_bias)
+    classes = 0 if y is None else max(y) + 1
+    gout, dloss = dcgan.make_dcgan_sym(ngf, ndf, nc, d1_bias=d1_bias, classes=classes)
     size = batch_size // parts
+    inputs = [('data', (size, nc, 64, 64)), ('digit', (size,))][:1 if y is None else 2]
     mx.random.seed(seed)
     modsG, modsD = [], []
     for mods, symbol, names, shapes, labels in (
-            (modsG, gout, dict(data_names=('rand',), label_names=None), [('rand', (size, Z, 1, 1))], None),
-            (modsD, dloss, dict(label_names=('label',)), [('data', (size, nc, 64, 64))], [('label', (size,))])):
+            (modsG, gout, dict(data_names=('rand',), label_names=None), [('rand', (size, Z + classes, 1, 1))], None),
+            (modsD, dloss, dict(data_names=[name for name, _ in inputs], label_names=('label',)), inputs,
+             [('label', (size,))])):
         for part in range(parts):
             mod = mx.mod.Module(symbol, **names)
             mod.bind(shapes, labels, inputs_need_grad=True)
@@ -41,14 +46,14 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
     def split(array):
         return [array[part * size:(part + 1) * size] for part in range(parts)]
 
-    def discriminate(images, label):
-        for mod, half in zip(modsD, images):
-            mod.forward(mx.io.DataBatch([half], [mx.nd.full((size,), label)]), is_train=True)
+    def discriminate(images, digits, label):
+        for mod, half, half_digits in zip(modsD, images, split(digits)):
+            mod.forward(mx.io.DataBatch([half, half_digits][:len(inputs)], [mx.nd.full((size,), label)]), is_train=True)
             mod.backward()
         mx.nd.waitall()
         pred = np.concatenate([mod.get_outputs()[0].asnumpy() for mod in modsD])
         labels = np.full(batch_size, float(label > 0))
-        return dcgan.facc(labels, pred), dcgan.fentropy(labels, pred)
+        return dcgan.facc(labels, pred), dcgan.fentropy(labels, pred), pred
 
     def gradients(mod):
         return [grads[0] for grads in mod._exec_group.grad_arrays]
@@ -69,24 +74,30 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
         for mod in modsG + modsD:
             mod._optimizer.set_learning_rate(0.001 if epoch * steps + t < head_start else lr)
         latent = mx.random.normal(0, 1.0, shape=(batch_size, Z, 1, 1))
-        real = mx.nd.array(X[t * batch_size:(t + 1) * batch_size])
+        numbers = np.arange(t * batch_size, (t + 1) * batch_size) % len(X)
+        real = mx.nd.array(X[numbers])
+        fake_digits = real_digits = mx.nd.zeros(batch_size)
+        if y is not None:
+            drawn = y[mx.nd.random.randint(0, len(y), shape=(batch_size,)).asnumpy()]
+            latent = mx.nd.array(np.concatenate([latent.asnumpy(), np.eye(classes)[drawn][:, :, None, None]], axis=1))
+            fake_digits, real_digits = mx.nd.array(drawn), mx.nd.array(y[numbers])
         # 1
         for mod, half in zip(modsG, split(latent)):
             mod.forward(mx.io.DataBatch([half], []), is_train=True)
         mx.nd.waitall()
         fakes = [mod.get_outputs()[0].copy() for mod in modsG]
         # 2, 3
-        facc_fake, entropy_fake = discriminate(fakes, 0)
+        facc_fake, entropy_fake, to_fakes = discriminate(fakes, fake_digits, 0)
         kept = [[grad.copy() for grad in gradients(mod)] for mod in modsD]
         # 4
-        facc_real, entropy_real = discriminate(split(real), pos_label)
+        facc_real, entropy_real, to_reals = discriminate(split(real), real_digits, pos_label)
         # 5
         for mod, others in zip(modsD, kept):
             for grad, other in zip(gradients(mod), others):
                 grad += other
         update(modsD)
         # 6, 7
-        _, entropy = discriminate(fakes, 1)
+        _, entropy, after_update = discriminate(fakes, fake_digits, 1)
         diffs = [mod.get_input_grads()[0].copy() for mod in modsD]
         # 8
         for mod, diff in zip(modsG, diffs):
@@ -94,6 +105,9 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
         mx.nd.waitall()
         update(modsG)
         metrics.append(((facc_fake + facc_real) / 2, entropy, (entropy_fake + entropy_real) / 2))
+        if record is not None:
+            images = (np.concatenate([part.asnumpy() for part in parts]) for parts in (fakes, diffs))
+            record.append((*images, to_fakes, to_reals, after_update))
     arrays = {}
     for mod in (modsG[0], modsD[0]):
         executor = mod._exec_group.execs[0]
