@@ -76,7 +76,7 @@ dcgan.main()"""
 
 def finish(processes):
     """Their exit statuses and what they have printed, [(stdout, stderr)]."""
-    outputs = [process.communicate(timeout=200) for process in processes]
+    outputs = [process.communicate(timeout=100) for process in processes]
     return [process.returncode for process in processes], outputs
 
 
