@@ -3,27 +3,22 @@
 This module prepares MXNet and is the first to import it. The training set stays uint8, 64x64 with one channel, until
 `PixelIter` turns it into float32, batch by batch, on the device.
 """
-import array
-import collections
-import concurrent.futures
+import contextlib
 import ctypes
-import functools
 import glob
 import gzip
-import hashlib
 import importlib.util
 import math
+import mmap
 import os
 import socket
 import struct
 import sys
-import tempfile
-import threading
 import time
 import unittest.mock
 import warnings
 import zlib
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 
 # ---------------------------------------------------------------- preparing MXNet, before it is imported
 
@@ -38,23 +33,11 @@ CUDA = ('libcudart.so.11.0', 'libnvrtc.so.11.2', 'libcublasLt.so.11', 'libcublas
 MODULES = ('cv2', 'distutils', 'graphviz', 'joblib', 'mxnet', 'numpy', 'requests', 'scipy', 'sklearn')
 CURES = {**dict.fromkeys(CUDA + MODULES, PACKAGES), 'libz.so.1': 'apt-get install zlib1g',
          'libcuda.so.1': f'there is no NVIDIA driver; install it, or {PACKAGES}',
-         'libgomp.so.1': 'apt-get install libgomp1', 'libquadmath.so.0': 'apt-get install libquadmath0',
-         'libgthread-2.0.so.0': 'apt-get install libglib2.0-0', 'libglib-2.0.so.0': 'apt-get install libglib2.0-0',
+         **dict.fromkeys(('libgomp.so.1', 'libquadmath.so.0'), 'apt-get install libgomp1 libquadmath0'),
+         **dict.fromkeys(('libgthread-2.0.so.0', 'libglib-2.0.so.0'), 'apt-get install libglib2.0-0'),
          'libGL.so.1': 'apt-get install libgl1, or pip install opencv-python-headless, which has no windows'}
-
-
-def address_of(host):
-    """The scheduler's IPv4 address, which is all that MXNet's parameter server understands."""
-    try:
-        address = socket.gethostbyname(host)
-    except (OSError, UnicodeError):
-        sys.exit(f"dcgan.py: DMLC_PS_ROOT_URI={host}: this name has no IPv4 address here; set the scheduler's address")
-    if address.startswith('127.') and host not in ('localhost', address):
-        print(f'WARNING: DMLC_PS_ROOT_URI={host} is {address} here, which other machines cannot reach; for these set '
-              "what `hostname -I` prints on the scheduler's machine", flush=True)
-    return address
-
-
+os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(2 ** 27))  # more are a damaged file's, or 3 GB
+os.environ.setdefault('OPENCV_LOG_LEVEL', 'FATAL')  # the pictures that it cannot read are named by this program
 try:
     import cv2
     import joblib
@@ -74,7 +57,6 @@ try:
     # what a person has set stays; of the physical cores MXNet by itself would take half
     os.environ.setdefault('OMP_NUM_THREADS', str(joblib.cpu_count(only_physical_cores=True)))
     os.environ.setdefault('MXNET_SUBGRAPH_VERBOSE', '0')    # no line on stderr for each network
-    os.environ.setdefault('PS_HEARTBEAT_INTERVAL', '2')     # seconds; else a cluster does not notice a dead process
     os.environ.setdefault('MXNET_USE_FUSION', '0')          # a driver older than CUDA 11.8's cannot load what it makes
     os.environ.setdefault('MXNET_CUDNN_LIB_CHECKING', '0')  # no warning that cuDNN is newer than the build's
     os.environ.setdefault('CUDA_MODULE_LOADING', 'LAZY')    # kernels at their first use: less memory, a faster start
@@ -87,14 +69,21 @@ try:
     for name in CUDA if glob.glob(f'{folder}/nvidia/*/lib/libcudart.so.11.0') else ():
         for path in glob.glob(f'{folder}/nvidia/*/lib/{name}'):
             ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-    # in a scheduler or server `import mxnet` would serve and never return; dcgan.Cluster does that, and watches
+    # in a scheduler or server `import mxnet` would serve and never return; dcgan.join does that
     ROLE = os.environ.pop('DMLC_ROLE', None)
     with unittest.mock.patch.object(np, '__getattr__', getattr_for_mxnet):
         import mxnet as mx
     if ROLE:
         os.environ['DMLC_ROLE'] = ROLE
-        if os.environ.get('DMLC_PS_ROOT_URI'):
-            os.environ['DMLC_PS_ROOT_URI'] = address_of(os.environ['DMLC_PS_ROOT_URI'])
+        host = os.environ.get('DMLC_PS_ROOT_URI')
+        try:
+            if host:  # MXNet's parameter server understands an IPv4 address alone
+                os.environ['DMLC_PS_ROOT_URI'] = address = socket.gethostbyname(host)
+                if address.startswith('127.') and host != address and host != 'localhost':  # as Debian has its own name
+                    print(f'WARNING: {host} is {address} here, which other machines cannot reach: set its address',
+                          file=sys.stderr)
+        except (OSError, UnicodeError):
+            sys.exit(f'dcgan.py: DMLC_PS_ROOT_URI={host}: this name has no IPv4 address here; set the address itself')
     GPU_BUILD = mx.runtime.Features().is_enabled('CUDA')
 except (ImportError, OSError) as error:
     missing = error.name if isinstance(error, ModuleNotFoundError) else str(error).split(':')[0]
@@ -126,13 +115,10 @@ def default_ctx():
 def check_capability(device_id):
     """Raise ValueError where MXNet has no code for a GPU. CUDA knows; MXNet's first operator might end the process."""
     cudart = ctypes.CDLL('libcudart.so.11.0')  # the one that MXNet has loaded
-    cudart.cudaGetErrorString.restype = ctypes.c_char_p
     major, minor = ctypes.c_int(), ctypes.c_int()
-    for number, attribute in (major, 75), (minor, 76):  # cudaDevAttrComputeCapabilityMajor, ...Minor
-        status = cudart.cudaDeviceGetAttribute(ctypes.byref(number), attribute, device_id)
-        if status:
-            raise ValueError(cudart.cudaGetErrorString(status).decode())
-    if not 5 <= major.value <= 8:
+    cudart.cudaDeviceGetAttribute(ctypes.byref(major), 75, device_id)  # cudaDevAttrComputeCapabilityMajor
+    cudart.cudaDeviceGetAttribute(ctypes.byref(minor), 76, device_id)
+    if major.value not in (0, 5, 6, 7, 8):  # 0: there is no such GPU, as MXNet will say
         raise ValueError(f'has compute capability {major.value}.{minor.value}, and mxnet-cu112 has code for 5.0 to '
                          '8.9 only, Maxwell to Ada')
 
@@ -232,86 +218,39 @@ def _read_part(prefix, *parts):
 
 def _read_idx(path, what, ndim):
     """One IDX file (format: LeCun's MNIST page, "FILE FORMATS"), gzipped or not, as uint8 of `ndim` dimensions."""
-    header = struct.Struct(f'>{1 + ndim}I')
     with open(path, 'rb') as file:
         content = file.read()
-    kind = 'gzip file' if content[:2] == b'\x1f\x8b' else 'file'
     try:
-        if kind == 'gzip file':
+        if content[:2] == b'\x1f\x8b':
             content = gzip.decompress(content)
-        if len(content) < header.size:
-            raise ValueError('empty, or cut short in its header')
-        magic, *shape = header.unpack_from(content)
+        magic, *shape = struct.unpack_from(f'>{1 + ndim}I', content)
         if magic != 0x800 + ndim:
             raise ValueError(f'no IDX file of {what}: its magic number is {magic:#x}, not {0x800 + ndim:#x}')
-        if not all(1 <= side <= 1024 for side in shape[1:]):
-            raise ValueError(f'its images have {shape[1]}x{shape[2]} pixels, more than 1024x1024 or none')
-        if shape[0] == 0 or len(content) != header.size + math.prod(shape):
-            raise ValueError(f'cut short, or has bytes left over: its header promises {shape[0]} {what}')
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f'{path}: wrong or damaged {kind} ({error}); fetch it again') from None
-    return np.frombuffer(content, np.uint8, offset=header.size).reshape(shape)
+        begin = 4 * (1 + ndim)
+        if 0 in shape or len(content) != begin + math.prod(shape):
+            raise ValueError(f'empty, cut short, or with bytes left over: its header promises {shape}')
+    except (ValueError, EOFError, struct.error, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f'{path}: wrong or damaged file ({error}); fetch it again') from None
+    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
 
 
 def _from_openml():
-    """MNIST from scikit-learn's cache or from OpenML: parsed once (18 s, 0.8 GB), then kept as an .npz beside it."""
-    from sklearn.datasets import fetch_openml, get_data_home
+    """MNIST from OpenML by way of scikit-learn: images (n, 28, 28) and labels (n,), uint8; parsed once, then kept."""
+    from sklearn.datasets import get_data_home
     try:
-        home = get_data_home()
-        if not os.path.exists(os.path.join(home, 'mnist_784.npz')):
-            tempfile.TemporaryFile(dir=home).close()
-    except OSError:  # a home that cannot be written
-        home = get_data_home(os.path.join(tempfile.gettempdir(), 'scikit_learn_data'))
-    cache = os.path.join(home, 'mnist_784.npz')
-    if os.path.exists(cache):
-        try:
-            with np.load(cache, allow_pickle=False) as arrays:
-                X, y = arrays['X'], arrays['y']
-            if X.dtype == y.dtype == np.uint8 and X.shape == (y.size, 28, 28) and y.shape == (len(X),) and len(X):
-                return X, y
-            raise ValueError('not MNIST')
-        except Exception as error:  # zipfile and NumPy have a dozen kinds for a flipped bit
-            print(f'{cache} is damaged ({error}); fetching MNIST again', flush=True)
+        return joblib.Memory(get_data_home(), compress=True, verbose=0).cache(_fetch_mnist)()
+    except Exception as error:  # network, HTTP, checksum, ARFF, disk: whatever it was, there is no MNIST
+        raise OSError(f'MNIST cannot be had from OpenML ({last_line(error)}); set mnist_path to a folder with its IDX '
+                      'files, or export SCIKIT_LEARN_DATA=a folder that can be written') from None
+
+
+def _fetch_mnist():
+    from sklearn.datasets import fetch_openml
     print("reading MNIST from scikit-learn's cache or OpenML (15 MB, half a minute to parse; only this once) ...",
           flush=True)
-    done = threading.Event()
-    threading.Thread(target=_tick, args=(done,), daemon=True).start()
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # scikit-learn sets none: a server that never answers would hold us for ever
-    try:
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=home) as scratch:
-            warnings.simplefilter('ignore')
-            warnings.filterwarnings('error', '.*(Retrying|redownloading)')  # what it warns of would take another 30 s
-            fetch = functools.partial(fetch_openml, 'mnist_784', version=1, as_frame=False, parser='liac-arff')
-            try:  # a person may have fetched it with scikit-learn; what is missing or damaged there stays so
-                with unittest.mock.patch('sklearn.datasets._openml.urlopen', side_effect=OSError):
-                    bunch = fetch(data_home=None)
-            except Exception:
-                bunch = fetch(data_home=scratch)
-        X, y = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
-    except Exception as error:  # network, HTTP, checksum, ARFF: whatever it was, there is no MNIST
-        while isinstance(error, Warning):
-            error = error.__context__  # what it wanted to try again after
-        raise OSError(f'MNIST cannot be had from OpenML ({last_line(error)}); set mnist_path to a folder with its IDX '
-                      'files') from None
-    finally:
-        done.set()
-        socket.setdefaulttimeout(timeout)
-    try:
-        with tempfile.TemporaryDirectory(dir=home) as scratch:
-            np.savez_compressed(os.path.join(scratch, 'mnist.npz'), X=X, y=y)
-            os.replace(os.path.join(scratch, 'mnist.npz'), cache)  # whole or not at all
-    except OSError as error:
-        print(f'MNIST could not be kept for the next start ({error})', flush=True)
-    return X, y
-
-
-def _tick(done):
-    """Show that something happens."""
-    seconds = 0
-    while not done.wait(5):
-        seconds += 5
-        print(f'... {seconds} s', flush=True)
+    socket.setdefaulttimeout(20)  # scikit-learn sets none: a server that never answers would hold us for ever
+    bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', n_retries=1)
+    return bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
 
 
 # ---------------------------------------------------------------- iterators, and the one that the settings ask for
@@ -383,7 +322,7 @@ class RandIter(mx.io.DataIter):
 
 # ---------------------------------------------------------------- pictures
 
-MAGIC = struct.pack('<I', 0xced7230a)  # a record of a RecordIO file has it before each of its parts
+MAGIC = struct.pack('<I', 0xced7230a)  # with it each part of a record begins in a RecordIO file
 ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'`\x82'}  # a JPEG's and a PNG's last two bytes, by the first two
 
 
@@ -394,7 +333,7 @@ class ImagenetIter(mx.io.DataIter):
     are wanted; `num_parts`, `part_index`: this worker's share, as large as every other's; `augment` False: the largest
     square in the middle, not mirrored; `conditional`: the records' labels are classes.
     Yields mx.io.DataBatch with data [(batch_size,) + data_shape] and, if conditional, [(batch_size,) float32 classes]
-    after it. An epoch is ceil(num_data / batch_size) batches in the file's order, the last filled up from the start.
+    after it, in the file's order, and after its end from its start.
     Raises OSError and ValueError as `_check_rec`, and ValueError for fewer pictures than a batch.
     """
 
@@ -406,136 +345,119 @@ class ImagenetIter(mx.io.DataIter):
         self.num_data = len(labels) // num_parts
         if self.num_data < batch_size:
             raise ValueError(f'{path}: has {self.num_data} pictures a worker, fewer than the batch of {batch_size}')
-        self.part_index, self.num_batches = part_index, math.ceil(self.num_data / batch_size)
-        self.checksum = zlib.crc32(labels, zlib.crc32(self.starts))
+        self.part_index, self.checksum = part_index, zlib.crc32(labels, zlib.crc32(self.starts))
         self.labels, classes = np.unique(labels, return_inverse=True)
         self.classes = classes.astype(np.int32) if conditional else None
         self.class_names = [str(position) for position in range(len(self.labels))] if conditional else []
         self.provide_data = [mx.io.DataDesc('data', (batch_size,) + self.data_shape, np.float32)]
         self.provide_data += [mx.io.DataDesc('digit', (batch_size,), np.float32)] * conditional
-        self.provide_label = []
         self.file = open(path, 'rb')  # noqa: SIM115  stays what it is when another process packs the folder again
-        self.pool = concurrent.futures.ThreadPoolExecutor(joblib.cpu_count())
-        self.taken, self.ahead = 0, collections.deque()  # batches: how many were taken, and those after them
+        self.pool = ThreadPoolExecutor(joblib.cpu_count())
+        self.taken, self.ahead = 0, None  # how many batches were taken, and the next one if it is being made
 
     def next(self):
-        while len(self.ahead) <= joblib.cpu_count():
-            self.ahead.append(self.pool.submit(self._load, self.taken + len(self.ahead)))
-        numbers, pixels = self.ahead.popleft().result()
+        numbers, pictures = self.ahead or self._begin()
+        pixels = np.stack(list(pictures))
         self.taken += 1
+        self.ahead = self._begin()
         images = mx.nd.array(pixels, self.ctx, np.uint8).astype(np.float32) / 127.5 - 1
         classes = [] if self.classes is None else [mx.nd.array(self.classes[numbers], self.ctx)]
         return mx.io.DataBatch([images] + classes, [], pad=0)
 
     def skip(self, num_batches):
         """Go on without making that many batches."""
-        if num_batches:
-            self.taken += num_batches
-            self.ahead.clear()
+        self.taken += num_batches
 
-    def reset(self):
-        self.skip(-self.taken % self.num_batches)  # to the next epoch, whose crops are others
+    def _begin(self):
+        """Have the threads make the next batch; returns its pictures' positions in the file, and them."""
+        images = np.arange(self.taken * self.batch_size, (self.taken + 1) * self.batch_size)
+        numbers = self.part_index * self.num_data + images % self.num_data
+        random = np.random.RandomState([self.part_index, self.taken]).rand(self.batch_size, 4)
+        return numbers, self.pool.map(self._load, numbers, random)
 
-    def _load(self, batch):
-        """One batch, counted from the first: its pictures' positions in the file, and their pixels, uint8."""
-        random = np.random.RandomState([self.part_index, batch])
-        numbers = (batch % self.num_batches * self.batch_size + np.arange(self.batch_size)) % self.num_data
-        numbers += self.part_index * self.num_data
-        pixels = np.empty((self.batch_size,) + self.data_shape, np.uint8)
-        for out, number in zip(pixels, numbers):
-            start, end = self.starts[number:number + 2]
-            image = _picture_of(os.pread(self.file.fileno(), end - start, start))
-            if image is None:
-                raise ValueError(f'{self.path}: the picture in record {number} is damaged; make the file again')
-            shrink, down, right, mirror = random.rand(4) if self.augment else (1, 0.5, 0.5, 1)
-            height, width = image.shape[:2]
-            side = round(min(height, width) * (0.75 + 0.25 * shrink))  # as published: 192 to 256 of 256 pixels
-            top, left = round((height - side) * down), round((width - side) * right)
-            image = image[top:top + side, left:left + side, :][:, ::-1 if mirror < 0.5 else 1]
-            image = cv2.resize(image, out.shape[:0:-1], interpolation=cv2.INTER_AREA)  # averages when it shrinks
-            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB if len(out) == 3 else cv2.COLOR_BGR2GRAY)
-            out[:] = image.reshape(out.shape[1:] + (-1,)).transpose(2, 0, 1)
-        return numbers, pixels
+    def _load(self, number, random):
+        """A picture of the file as uint8 `data_shape`, cropped and mirrored by four numbers from 0 to 1."""
+        start, end = self.starts[number:number + 2]
+        image = _picture_of(os.pread(self.file.fileno(), end - start, start))
+        if image is None:
+            raise ValueError(f'{self.path}: the picture in record {number} is damaged; make the file again')
+        shrink, down, right, mirror = random if self.augment else (1, 0.5, 0.5, 1)
+        height, width, _ = image.shape
+        side = round(min(height, width) * (0.75 + 0.25 * shrink))  # as published: 192 to 256 of 256 pixels
+        top, left = round((height - side) * down), round((width - side) * right)
+        channels, height, width = self.data_shape
+        image = cv2.resize(image[top:top + side, left:left + side], (width, height), interpolation=cv2.INTER_AREA)
+        if mirror < 0.5:
+            image = image[:, ::-1]
+        if channels == 1:
+            return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)[np.newaxis]
+        return image[:, :, ::-1].transpose(2, 0, 1)
 
 
 def _check_rec(path):
-    """Where each record of a .rec begins, and its end, int64 (n + 1,), and the records' labels, float32 (n,).
+    """Where each record of a .rec begins, and the end, int64 (n + 1,), and the records' labels, float32 (n,).
 
-    Of a picture with the first and last bytes of a JPEG or PNG no more is read. Raises OSError where there is no such
-    file, ValueError where it is cut short or no RecordIO file, or where a record is no picture.
+    A picture with the first and last bytes of a JPEG or PNG is not decoded. Raises OSError where there is no such file,
+    ValueError where it is cut short or no RecordIO file, or where a record is no picture.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'{path}: no such file; imgnet_path must name a folder of pictures, or a .rec')
-    starts, labels, at, kind = array.array('q'), array.array('f'), 0, 0
-    with open(path, 'rb') as file:
-        size = os.fstat(file.fileno()).st_size
-        while at < size:
-            # RecordIO's header, 8 bytes; MXNet's, 24 bytes; `flag` further labels; the picture
-            head = os.pread(file.fileno(), 256, at).ljust(36, b'\0')
-            magic, length, flag, label, first_label = struct.unpack_from('<4sIIf16xf', head)
-            if magic != MAGIC:
-                break
-            kind, length = divmod(length, 1 << 29)  # 0: a whole record; 1, 2, 3: its first, further and last parts
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        raise FileNotFoundError(f'{path}: no such file, or empty; imgnet_path must name a folder of pictures or a .rec')
+    starts, labels, kind, end = [], [], 0, 0
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for kind, start, end in _parts(content):
             if kind < 2:
-                starts.append(at)
-                labels.append(first_label if flag else label)
-            end = at + 8 + length
-            at = end + -length % 4
-            begin = head[32 + 4 * flag:][:2]
-            if kind == 0 and begin in ENDS and ENDS[begin] == os.pread(file.fileno(), 2, end - 2):
+                starts.append(start - 8)
+                # MXNet's header, 24 bytes: the number of further labels, the label, two numbers; then these labels
+                flag, label, first = struct.unpack('<If16xf', content[start:start + 28].ljust(28, b'\0'))
+                labels.append(first if flag else label)
+                picture = start + 24 + 4 * flag
+            if kind == 0 and ENDS.get(content[picture:picture + 2]) == content[end - 2:end]:
                 continue
-            whole = kind in (0, 3) and at <= size
-            if whole and _picture_of(os.pread(file.fileno(), at - starts[-1], starts[-1])) is None:
-                no_image = flag and length == 24 + 4 * flag
-                problem = 'an InsightFace header without a picture' if no_image else 'no picture, or a damaged one'
+            if kind in (0, 3) and end <= len(content) and _picture_of(content[starts[-1]:end]) is None:
+                insightface = 'a header without a picture, as InsightFace has'
+                problem = insightface if end == picture else 'no picture, or a damaged one'
                 raise ValueError(f'{path}: record {len(starts) - 1} is {problem}; make the .rec without it, or set '
                                  'imgnet_path to a folder of pictures')
-    if at != size or kind in (1, 2) or not starts:
-        raise ValueError(f'{path}: empty, cut short or no RecordIO file, after {len(starts)} records; make it again, '
-                         'or set imgnet_path to a folder of pictures')
-    starts.append(at)
-    return np.array(starts), np.array(labels)
+        size = len(content)
+    end += -end % 4
+    if end != size or kind in (1, 2):
+        raise ValueError(f'{path}: cut short or no RecordIO file, after {len(starts)} records; make it again, or set '
+                         'imgnet_path to a folder of pictures')
+    starts.append(end)
+    return np.array(starts), np.array(labels, np.float32)
+
+
+def _parts(content):
+    """Yield the kind of each of RecordIO's parts of records, and where its data begin and end."""
+    at = 0
+    while content[at:at + 4] == MAGIC and at + 8 <= len(content):
+        kind, length = divmod(struct.unpack('<I', content[at + 4:at + 8])[0], 1 << 29)
+        yield kind, at + 8, at + 8 + length  # kind 0: a whole record; 1, 2, 3: its first, further and last parts
+        at += 8 + length + -length % 4
 
 
 def _picture_of(record):
-    """A record's bytes, header and all parts -> its picture, as `_decode` gives it."""
-    parts, at = [], 0
-    while at < len(record):
-        length = struct.unpack_from('<I', record, at + 4)[0] % (1 << 29)
-        parts.append(record[at + 8:at + 8 + length])
-        at += 8 + length + -length % 4
+    """A record with all its parts -> its picture, as `_decode` gives it; None if it cannot be read."""
     try:
-        return _decode(mx.recordio.unpack(MAGIC.join(parts))[1])
-    except (struct.error, ValueError):  # shorter than its header says
+        return _decode(mx.recordio.unpack(MAGIC.join(record[start:end] for _, start, end in _parts(record)))[1])
+    except (struct.error, ValueError, cv2.error):  # also of a record that is shorter than its header says
         return None
 
 
 def _decode(content):
-    """A picture file's bytes -> uint8 (height, width, 3), BGR, upright, over white; None if OpenCV cannot read it."""
-    at = 8
-    while content[:4] == b'\x89PNG' and content[at + 4:at + 8] != b'IEND':  # OpenCV allocates what a chunk promises
-        at += 12 + int.from_bytes(content[at:at + 4], 'big')
-        if at > len(content):
-            return None
-    content = np.frombuffer(content, np.uint8)
-    try:
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR)
-        if image is None or content[:2].tobytes() == b'\xff\xd8':  # a JPEG, which is never transparent
-            return image
-        layers = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
-    except cv2.error:  # empty, or more pixels than OpenCV allows
-        return None
-    if layers is None or layers.ndim < 3 or layers.shape[2] < 4:
+    """A picture file's bytes -> uint8 (height, width, 3), BGR, over white. Raises cv2.error and ValueError."""
+    pixels = np.frombuffer(content, np.uint8)
+    image = cv2.imdecode(pixels, cv2.IMREAD_COLOR)  # upright, as EXIF data say
+    if image is None:
+        raise ValueError('no picture that OpenCV can read')
+    if content[:2] == b'\xff\xd8':  # a JPEG, which is never transparent
+        return image
+    layers = cv2.imdecode(pixels, cv2.IMREAD_UNCHANGED)
+    if layers is None or layers.shape[2:] != (4,):
         return image
     if layers.dtype == np.uint16:
         layers = (layers >> 8).astype(np.uint8)
-    # IMREAD_UNCHANGED does not turn a picture as its EXIF data say, and IMREAD_COLOR drops what is transparent
-    turned = (np.rot90(side, quarters) for side in (layers, layers[:, ::-1]) for quarters in range(4))
-    layers = next((way for way in turned if np.array_equal(way[:, :, :3], image)), layers)
-    image, alpha = np.ascontiguousarray(layers[:, :, :3]), cv2.merge([layers[:, :, 3]] * 3)
-    if content[:2].tobytes() not in (b'II', b'MM') or (image > alpha).any():  # libtiff may have multiplied already
-        image = cv2.multiply(image, alpha, scale=1 / 255)
-    return cv2.add(image, cv2.bitwise_not(alpha))
+    return 255 - cv2.multiply(255 - layers[:, :, :3], cv2.merge([layers[:, :, 3]] * 3), scale=1 / 255)
 
 
 def _small_jpeg(path):
@@ -543,15 +465,12 @@ def _small_jpeg(path):
     try:
         with open(path, 'rb') as file:
             image = _decode(file.read(1 << 28))  # no more of a film that lies among the pictures
-        if image is None:
-            return None
-        height, width = image.shape[:2]
+        height, width, _ = image.shape
         shrink = min(1, 256 / min(height, width))
         image = cv2.resize(image, (round(width * shrink), round(height * shrink)), interpolation=cv2.INTER_AREA)
-        # OpenCV's own quality: shrunk to 64 pixels nothing can be seen of it
-        encoded, jpeg = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])
-        return jpeg.tobytes() if encoded else None
-    except (OSError, cv2.error):  # cannot be opened; is longer than a JPEG may be
+        encoded, jpeg = cv2.imencode('.jpg', image)
+        return jpeg.tobytes() if encoded else None  # it may be longer than a JPEG can be
+    except (OSError, ValueError, cv2.error):
         return None
 
 
@@ -559,88 +478,74 @@ def _write_records(file, paths, labels):
     """Write the pictures that can be read as RecordIO, in a random order; returns how many, and names the others."""
     said, num_skipped = time.monotonic(), 0
     order = np.random.RandomState(1234).permutation(len(paths))
-    with ThreadPool(joblib.cpu_count()) as pool:
-        for done, (i, jpeg) in enumerate(zip(order, pool.imap(_small_jpeg, [paths[i] for i in order]))):
+    with ThreadPoolExecutor(joblib.cpu_count()) as pool, \
+            contextlib.closing(pool.map(_small_jpeg, [paths[i] for i in order])) as jpegs:  # after Ctrl-C no more begin
+        for done, (i, jpeg) in enumerate(zip(order, jpegs)):
             if time.monotonic() - said > 3:
                 said = time.monotonic()
                 print(f'... {done} of {len(paths)}', flush=True)
-            if jpeg is None:
-                num_skipped += 1
-                if num_skipped <= 10:
-                    name = os.fsencode(paths[i]).decode('utf-8', 'replace')
-                    print(f'skipped, no picture that OpenCV can read: {name}', flush=True)
+            if jpeg:
+                record = mx.recordio.pack(mx.recordio.IRHeader(0, labels[i], 0, 0), jpeg)
+                file.write(MAGIC + struct.pack('<I', len(record)) + record + bytes(-len(record) % 4))
                 continue
-            record = mx.recordio.pack(mx.recordio.IRHeader(0, labels[i], 0, 0), jpeg)
-            file.write(MAGIC + struct.pack('<I', len(record)) + record + bytes(-len(record) % 4))
+            num_skipped += 1
+            if num_skipped <= 10:
+                print(f'skipped, no picture that OpenCV can read: {paths[i]}', flush=True)
     print(f'{len(paths) - num_skipped} pictures packed, {num_skipped} files skipped', flush=True)
     return len(paths) - num_skipped
 
 
 def _pack(folder, out, workers):
-    """Make the .rec of a folder, if there is none of the folder as it is; returns its path and the classes' names.
+    """Pack a folder's pictures into a .rec, if that is not done yet; returns its path and the classes' names.
 
-    Its name has a checksum of the files' names, sizes and times, and it is there whole or not at all.
+    It lies beside the folder, or in `out` where that cannot be. Its name has a checksum of the files' names, sizes and
+    times, and it is there whole or not at all.
     """
     inside = glob.iglob(f'{glob.escape(folder)}/**', recursive=True)  # leaves out what is hidden
     files = sorted(path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/'))
     names = [os.path.relpath(path, folder) for path in files]
     # a class is a sub-folder, with all that is below it; '' has the pictures that are in none
-    classes, labels = np.unique([name.rpartition('/')[0].partition('/')[0] for name in names], return_inverse=True)
+    classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in names], return_inverse=True)
     state = [(name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files)]
-    checksum = hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()
+    checksum = f'{zlib.crc32(repr(state).encode()):08x}'
     parent, base = os.path.split(folder)
-    paths = [os.path.join(place, f'{base}-dcgan-{checksum}.rec') for place in (parent, out)]
-    for path in paths:
-        if os.path.exists(path):
-            return path, classes
+    stem = os.path.join(parent if os.access(parent, os.W_OK) else out, f'{base}-dcgan-')
+    path = f'{stem}{checksum}.rec'
+    if os.path.exists(path):
+        return path, classes
     if workers > 1:
         raise ValueError(f'{folder}: not packed yet, or changed since; start once on one machine, then on several')
-    path = paths[0] if os.access(parent, os.W_OK) else paths[1]
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    import fcntl  # not at the top: Windows, which is refused above, has none
-    with open(f'{path}.tmp', 'ab') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # if another process packs this folder, wait, and take what it has made
-        if os.path.exists(path):
-            return path, classes
+    with open(f'{path}.{os.getpid()}', 'wb') as file:
         try:
-            file.truncate(0)
             print(f'packing {len(files)} files of {folder} into {path} ...', flush=True)
             if _write_records(file, files, labels) == 0:
                 raise ValueError(f'{folder}: has no picture that OpenCV can read; set imgnet_path to a folder that has')
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
+            if not os.path.exists(path):  # another start may have been faster, and have tidied up
+                os.replace(file.name, path)
         except BaseException:
             os.remove(file.name)
             raise
-    of_any_state = glob.escape(path[:-len(f'{checksum}.rec')]) + '[0-9a-f]' * len(checksum) + '.rec*'
-    for old in set(glob.glob(of_any_state)) - {path}:
-        os.remove(old)
+    for old in set(glob.glob(glob.escape(stem) + '[0-9a-f]' * len(checksum) + '.rec*')) - {path}:
+        os.remove(old)  # of the folder as it was, or what a start that was killed has left
     return path, classes
 
 
 def load_pictures(s, rank=0, workers=1):
     """An `ImagenetIter` over this worker's share of `s.imgnet_path`: a .rec, or a folder, which is packed into one.
 
-    Prints the classes, if `s.conditional`. Raises ValueError and OSError as `ImagenetIter`, ValueError where a folder
-    has no picture or, of several workers, is not packed, OSError where it can be packed nowhere.
+    Prints the classes, if `s.conditional`. Raises ValueError and OSError as `ImagenetIter`, and where it cannot pack.
     """
-    path, folder = s.imgnet_path, None
-    stderr = os.dup(2)  # libpng, libjpeg and libtiff write there about what we name ourselves
-    try:
-        with open(os.devnull, 'wb') as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        if os.path.isdir(path):
-            folder = os.path.abspath(path)
-            path, names = _pack(folder, os.path.abspath(s.out), workers)
-        pictures = ImagenetIter(path, s.batch_size, (s.nc, 64, 64), s.ctx[0], workers, rank, s.augment, s.conditional)
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+    path, folder = s.imgnet_path, os.path.isdir(s.imgnet_path)
+    if folder:
+        path, names = _pack(os.path.abspath(path), os.path.abspath(s.out), workers)
+    pictures = ImagenetIter(path, s.batch_size, (s.nc, 64, 64), s.ctx[0], workers, rank, s.augment, s.conditional)
     if s.conditional:
         labels = [names[int(label)] if folder else f'{label:g}' for label in pictures.labels]
         if '' in labels:
-            raise ValueError(f'{folder}: with conditional = True each picture must be in a sub-folder, its class')
+            raise ValueError(f"{s.imgnet_path}: with conditional = True each picture must be in its class's sub-folder")
         if rank == 0:
             print('classes:', ', '.join(f'{position} {label}' for position, label in enumerate(labels)), flush=True)
     return pictures
@@ -669,25 +574,26 @@ def load_data(s, rank=0, workers=1):
 # ---------------------------------------------------------------- how good the generated images are
 
 class Coverage:
-    """Compares generated images with real ones, by a classifier of the real ones that is fitted at its first use.
+    """Compares generated images with real ones, by a classifier of the real ones: one hidden layer of 256 relu.
 
     `X` (n, 1, 64, 64) uint8, `y` (n,) and `class_names` are the real training images, class positions and names.
-    `num_images`: how many images to generate; their Fréchet distance is that from as many real ones.
+    `num_images`: how many images to generate; `real_median`: the real ones' median pixel, 0..255; `floor`: the Fréchet
+    distance of `num_images` real images from as many others, None where there are fewer than 1,000 each.
     """
 
     def __init__(self, X, y, class_names):
-        self.X, self.y, self.class_names = X, y, class_names
-        self.num_images = max(1000, min(5000, len(X) // 2))
-
-    @functools.cached_property
-    def classifier(self):
-        """A network with one hidden layer, 256 relu."""
         from sklearn.neural_network import MLPClassifier
-        passes = min(66, max(3, 720_000 // len(self.X)))  # 12 over MNIST
-        classifier = MLPClassifier((256,), batch_size=min(128, len(self.X)), max_iter=passes, random_state=0)
+        self.y, self.class_names = y, class_names
+        self.num_images = max(1000, min(5000, len(X) // 2))
+        passes = min(66, max(3, 720_000 // len(X)))  # 12 over MNIST
+        classifier = MLPClassifier((256,), batch_size=min(128, len(X)), max_iter=passes, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that it could go on learning
-            return classifier.fit(_features(_scaled(self.X))[0], self.y)
+            self.classifier = classifier.fit(_features(_scaled(X))[0], y)
+        row, self.real = self.look(_scaled(X[:2 * self.num_images:2]))
+        self.real_median, self.floor = row['median'], None
+        if len(X) >= 2000:
+            self.floor = frechet_distance(self.real, self.look(_scaled(X[1:2 * self.num_images:2]))[1])
 
     def look(self, batches):
         """`count`'s row without 'fd'; and the mean (256,) and covariance (256, 256) of the hidden layer's answers."""
@@ -706,22 +612,6 @@ class Coverage:
             row.update(asked=right.mean(), asked_worst=min(right[asked == wanted].mean() for wanted in set(asked)))
         return row, (hidden.mean(axis=0), np.cov(hidden, rowvar=False))
 
-    @functools.cached_property
-    def real(self):
-        return self.look(_scaled(self.X[:2 * self.num_images:2]))
-
-    @property
-    def real_median(self):
-        """The real images' median pixel, 0..255."""
-        return self.real[0]['median']
-
-    @functools.cached_property
-    def floor(self):
-        """The Fréchet distance of real images from real ones; None where each half has fewer than 1,000."""
-        if len(self.X) < 2000:
-            return None
-        return frechet_distance(self.real[1], self.look(_scaled(self.X[1:2 * self.num_images:2]))[1])
-
     def count(self, batches):
         """Judge generated images. `batches` yields (images, asked): images (k, nc, 64, 64) float in [-1, 1], and (k,)
         class positions that were asked for, or None.
@@ -732,7 +622,7 @@ class Coverage:
         classes were asked for, 'asked' and 'asked_worst': the share of these that were made, of all and of the worst.
         """
         row, normal = self.look(batches)
-        return {**row, 'fd': None if self.floor is None else frechet_distance(self.real[1], normal)}
+        return {**row, 'fd': None if self.floor is None else frechet_distance(self.real, normal)}
 
 
 def _scaled(X):

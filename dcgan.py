@@ -88,7 +88,7 @@ def misuse(message):
 
 
 def check(s):
-    """Raise ValueError for settings that cannot work, before any long work: one line each."""
+    """Before any long work, raise ValueError for a setting that cannot work, and warn of those that have no effect."""
     def must(right, name, rule):
         if not right:
             raise ValueError(f'{name} = {getattr(s, name)!r}: must be {rule}')
@@ -117,10 +117,6 @@ def check(s):
     must(s.resume or not s.sample, 'sample', "0, or resume 'latest', a run's folder or an epoch's .params")
     if s.digits and not s.conditional:
         misuse(f'digits = {s.digits!r}: without conditional = True G makes what it likes')
-
-
-def warn_of_no_effect(s):
-    """Say where a setting that is not as it comes has no effect beside the others."""
     pictures, several = s.dataset == 'imagenet', s.kvstore == 'dist_sync' or len(s.ctx) > 1
     for name, usual, has_effect, needs in (
             ('mnist_path', '', s.dataset == 'mnist', "dataset = 'mnist'"),
@@ -204,8 +200,8 @@ def fentropy(label, pred):
 def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
     """G, D, and D's twin, which finds input gradients only, a tenth less work in step 7; with their optimisers.
 
-    The twin shares D's parameters, moving averages and activations. Parameters: the shapes that the iterators provide;
-    MXNet's key-value store, or its kind; the names of the classes, which go into G's symbol, and so on the disk.
+    The twin shares D's parameters, moving averages and activations. Parameters: what the iterators provide; MXNet's
+    key-value store, or its kind; the names of the classes, which go into G's symbol, and so on the disk.
     """
     gout, dloss = make_dcgan_sym(s.ngf, s.ndf, s.nc, d1_bias=s.d1_bias, classes=len(class_names) * s.conditional)
     if s.conditional:
@@ -219,6 +215,10 @@ def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
     for mod in (modG, modD):
         mod.init_params(mx.init.Normal(0.02))
         mod.init_optimizer(kv, 'adam', {'learning_rate': s.lr, 'beta1': s.beta1, 'wd': 0.})
+        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # one a device
+            # Adam's moments, which MXNet would make at the first step: a state has to find them
+            mod._updater.states[i] = mod._optimizer.create_state(i, weight)
+            mod._updater.states_synced[i] = True
     modDx = mx.mod.Module(dloss, data_names=inputs, label_names=('label',), context=list(s.ctx),
                           fixed_param_names=modD._param_names)
     modDx.bind(data_shapes, modD.label_shapes, inputs_need_grad=True, shared_module=modD)
@@ -226,16 +226,19 @@ def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
 
 
 def named_arrays(mod):
-    """{name: its copy on each device} of a module's parameters and moving averages."""
-    group = mod._exec_group
-    return dict(zip(mod._param_names + mod._aux_names, group.param_arrays + group.aux_arrays))
+    """{name: its copy on each device} of a module's parameters, moving averages and, if it learns, Adam's moments."""
+    group, devices = mod._exec_group, len(mod._context)
+    arrays = dict(zip(mod._param_names + mod._aux_names, group.param_arrays + group.aux_arrays))
+    for i, name in enumerate(mod._param_names if mod.optimizer_initialized else ()):
+        moments = [mod._updater.states[i * devices + device] for device in range(devices)]
+        arrays[f'{name}_mean'], arrays[f'{name}_var'] = zip(*moments)
+    return arrays
 
 
 class MeanG:
-    """A running mean of G's weights and moving averages. What it makes is better than what G makes, and is shown.
+    """A running mean of G's weights and moving averages, in a G for inference alone: what it makes is better.
 
-    Yazıcı et al. 2019, "The Unusual Effectiveness of Averaging in GAN Training" (arXiv 1806.04498). `mod` is G once
-    more, bound for inference on the first device; training does not notice it.
+    Yazıcı et al. 2019, "The Unusual Effectiveness of Averaging in GAN Training" (arXiv 1806.04498).
     """
 
     def __init__(self, s, modG):
@@ -299,18 +302,19 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1, pos_label):
 # ---------------------------------------------------------------- the loop
 
 def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
-    """Train until `s.epochs` are done, or until a process of the run is asked to stop.
-
-    Parameters: the settings; what `make_modules` returns; `MeanG`; the iterators over real and over latent batches;
-    `Run`, which knows where to begin; `data.Coverage` or None.
-    """
+    """Train, from where `run` stands, until `s.epochs` are done or a process of the run is asked to stop."""
     labels = [mx.nd.full(s.batch_size, label, s.ctx[0]) for label in (0, 1, s.pos_label)]
     # of each layer's output and of `diff`: the root mean square
     monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='(?!.*backward).*output|d1_backward_output0', sort=True)
     for mod in modules if s.monitor else ():
         mod.install_monitor(monitor)
     while run.epoch < s.epochs and not run.stopping:
-        begin_epoch(s, run, train_iter, rand_iter)
+        mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * run.kv.rank)  # each worker has latents of its own
+        train_iter.reset()
+        train_iter.skip(run.iteration)
+        for _ in range(run.iteration):
+            rand_iter.next()
+        run.tic = time.monotonic()  # pictures, counting and saving are no part of the speed
         while run.iteration < run.num_batches and not run.stopping:
             in_head_start = run.epoch * run.num_batches + run.iteration < s.head_start
             for mod in modules[:2]:  # the small lr alone shows noise for an epoch, the large one ends in a collapse
@@ -333,23 +337,11 @@ def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
         arrays = network_arrays(modules, mean)
         for name, array in arrays.items():
             run.check_finite(name, array)
-        ended = run.iteration >= run.num_batches
-        if ended:
+        if run.iteration >= run.num_batches:
             run.epoch, run.iteration = run.epoch + 1, 0
         save(s, run, modules, mean, arrays)  # first: a run that is killed while it counts has lost nothing
-        if ended and not run.stopping:
+        if not run.stopping:
             finish_epoch(s, run, modules[0], mean, coverage)
-
-
-def begin_epoch(s, run, train_iter, rand_iter):
-    """Bring the random numbers and the iterators to where the run stands in its epoch."""
-    mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * run.kv.rank)  # each worker has latents of its own
-    train_iter.reset()
-    done = min(run.iteration, run.num_batches)
-    train_iter.skip(done)
-    for _ in range(done):
-        rand_iter.next()
-    run.tic = time.monotonic()  # pictures, counting and saving are no part of the speed
 
 
 def show_pictures(s, run, mean, fakes, diff, batch, rbatch):
@@ -361,11 +353,11 @@ def show_pictures(s, run, mean, fakes, diff, batch, rbatch):
     run.last_shown = time.monotonic()
     gradient = diff.asnumpy()
     gradient = (gradient - gradient.mean()) / (gradient.std() or 1)
-    classes = [None] * 3
-    if s.conditional:
-        classes = [array.asnumpy().astype(int) for array in (rbatch.label[0], rbatch.label[0], batch.data[1])]
-    for title, X, of in zip(('gout', 'diff', 'data'), (fakes.asnumpy(), gradient, batch.data[0].asnumpy()), classes):
-        visual.visual(title, X, run.folder, s.display, of, len(run.class_names))
+    reals, *real_classes = batch.data
+    for title, X, of in (('gout', fakes.asnumpy(), rbatch.label), ('diff', gradient, rbatch.label),
+                         ('data', reals.asnumpy(), real_classes)):
+        classes = of[0].asnumpy().astype(int) if s.conditional else None
+        visual.visual(title, X, run.folder, s.display, classes, len(run.class_names))
     lines = [row for row in run.rows if 'facc' in row]
     iterations = np.array([row['epoch'] * run.num_batches + row['iteration'] for row in lines])
     curves = {f'entropy of {net}': np.array([row[f'fentropy_{net}'] for row in lines]) for net in 'GD'}
@@ -381,24 +373,22 @@ def save_mosaic(s, run, mean, title):
 
 
 def finish_epoch(s, run, modG, mean, coverage):
-    """Leave a mosaic, the film and a count of the epoch that has ended, as far as they are not there yet."""
-    epoch = run.epoch - 1
-    if not run.folder or epoch < 0:
+    """Leave what is missing of an epoch's mosaic, film and count of digits, and warn where G is being lost."""
+    epoch, names = run.epoch - 1, run.class_names
+    if not run.folder:
         return
     if not (run.folder / f'gout-{epoch:04d}.png').exists():
         save_mosaic(s, run, mean, f'gout-{epoch:04d}')
-        visual.film(run.folder)
-    if coverage and not any(row['epoch'] == epoch and 'kl' in row for row in run.rows):
-        n = coverage.num_images
-        classes = np.resize(coverage.y, n) if s.conditional else None  # with the shares of the real ones
-        latents = fixed_latents(s.seed, n, s.Z)
-        # the mean is what is shown, but it is late to tell where G is going: G itself is judged, too
-        print_count(s, run, coverage, *(coverage.count(generate(mod, latents, classes)) for mod in (mean.mod, modG)))
-
-
-def print_count(s, run, coverage, row, weights):
-    """Print and log the count of an epoch; `weights`: that of G itself. Warn, once each, where G is being lost."""
-    epoch, names = run.epoch - 1, run.class_names
+    visual.film(run.folder)
+    if not coverage or any(row['epoch'] == epoch and 'kl' in row for row in run.rows):
+        return
+    for copies in modG._exec_group.aux_arrays:  # as in a run that goes on, for which the first device's are kept
+        for moving_average in copies[1:]:
+            moving_average[:] = copies[0]
+    latents = fixed_latents(s.seed, coverage.num_images, s.Z)
+    classes = np.resize(coverage.y, len(latents)) if s.conditional else None  # with the shares of the real ones
+    # the mean is what is shown, but it is late to tell where G is going: G itself is judged, too
+    row, weights = (coverage.count(generate(mod, latents, classes)) for mod in (mean.mod, modG))
     shares = ' '.join(f'{100 * row[f"share_{name}"]:.0f}' for name in names)
     print(f'epoch: {epoch} digits: {row["digits"]} of {len(names)}, shares: {shares} %, '
           f'confidence: {row["confidence"]:.2f}, KL: {row["kl"]:.3f}' + (f', FD: {row["fd"]:.2f}' if row['fd'] else ''))
@@ -406,7 +396,7 @@ def print_count(s, run, coverage, row, weights):
         print(f'epoch: {epoch} digits as asked: {100 * row["asked"]:.1f} %, worst: {100 * row["asked_worst"]:.1f} %')
     row.update({f'{name}_weights': weights.get(name) for name in MEASURES})
     run.add_row(**{**row, 'epoch': epoch, 'iteration': run.num_batches})
-    counts = [count for count in run.rows if count.keys() >= run.rows[-1].keys()]  # a disk may have cut a row
+    counts = [count for count in run.rows if count.keys() >= run.rows[-1].keys()]  # some may be cut, or without FD
     grey = coverage.real_median + 10
     if min(count['median'] for count in counts) <= grey < max(row['median'], row['median_weights']):
         visual.warn_once('grey', 'WARNING: the background turns grey: set d1_bias = True, or a smaller lr')
@@ -427,10 +417,7 @@ MEASURES = ['confidence', 'fd', 'median', 'asked', 'asked_worst']  # of what the
 
 
 class Stop(io.TextIOBase):
-    """Whether this process is asked to end its run: by a signal, by q, or by a pipe that nobody reads any more.
-
-    It also stands for stdout while a run lasts, so that all that is printed goes through `write`.
-    """
+    """Knows whether a signal, q, or a pipe that nobody reads asks the run to stop; stands for stdout while it lasts."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one: Slurm's --signal
     signum = asked_at = 0  # the signal that asked, and when
@@ -479,8 +466,15 @@ class Run:
                         *(f'share_{name}' for name in self.class_names), 'digits', 'kl',
                         *MEASURES, *(f'{name}_weights' for name in MEASURES)]
         self.rows, self.log_is_whole = [], False
-        if folder and about['path']:
-            self.read_log(about['path'].with_name('log.csv'))
+        if not folder or not self.saved:
+            return
+        with contextlib.suppress(OSError, ValueError, csv.Error), self.saved.with_name('log.csv').open() as file:
+            for row in csv.DictReader(file):
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    row = {name: float(row[name]) for name in self.columns if row[name] != ''}  # None: a row cut short
+                    row.update(epoch=int(row['epoch']), iteration=int(row['iteration']))
+                    if (row['epoch'], row['iteration']) <= (self.epoch, self.iteration):
+                        self.rows.append(row)
 
     def print_line(self):
         """Print a line for the iterations since the last one, and append it to the log."""
@@ -504,16 +498,6 @@ class Run:
             raise ValueError(f'{name} is not finite at epoch {self.epoch}, iteration {self.iteration} (or shortly '
                              f'before); last good state: {self.saved or "none"}; try a smaller lr')
 
-    def read_log(self, path):
-        """Take the rows of a log up to where the run stands. What cannot be read is left out."""
-        with contextlib.suppress(OSError, ValueError, csv.Error), path.open(newline='') as file:
-            for row in csv.DictReader(file):
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    row = {name: float(row[name]) for name in self.columns if row.get(name)}
-                    row.update(epoch=int(row['epoch']), iteration=int(row['iteration']))
-                    if (row['epoch'], row['iteration']) <= (self.epoch, self.iteration):
-                        self.rows.append(row)
-
     def add_row(self, **row):
         """Append a row to the log. It is written anew where a run begins or goes on, and after a failure."""
         row = {'epoch': self.epoch, 'iteration': self.iteration, 'seconds': time.monotonic() - self.start, **row}
@@ -521,13 +505,13 @@ class Run:
         if not self.folder:
             return
         path = self.folder / 'log.csv'
-        whole, self.log_is_whole = self.log_is_whole and path.exists(), False  # until the row is there
+        append = self.log_is_whole and path.exists()
+        self.log_is_whole = False  # until the row is there
+        lines = self.rows[-1:] if append else [dict(zip(self.columns, self.columns)), *self.rows]
         try:
-            with path.open('a', newline='') if whole else whole_file(path, 'w') as file:
-                writer = csv.DictWriter(file, self.columns, lineterminator='\n')
-                if not whole:
-                    writer.writeheader()
-                writer.writerows(self.rows[-1:] if whole else self.rows)
+            with path.open('ab') if append else whole_file(path) as file:
+                for row in lines:
+                    file.write(','.join(str(row.get(name, '')) for name in self.columns).encode() + b'\n')
             self.log_is_whole = True
         except OSError as error:
             visual.warn_once('log', f'WARNING: {path} cannot be written ({error}); the run goes on')
@@ -539,10 +523,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def whole_file(path, mode='wb'):
+def whole_file(path):
     """A file to write. It gets its name when it is whole and on the disk; before, it is `tmp` in the same folder."""
     path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have renamed it
-    with path.with_name('tmp').open(mode, newline='' if mode == 'w' else None) as file:
+    with path.with_name('tmp').open('wb') as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -550,8 +534,7 @@ def whole_file(path, mode='wb'):
 
 
 def save(s, run, modules, mean, arrays):
-    """Write what the run needs to go on, keep the newest two of these states, and write an epoch's networks in MXNet's
-    own format. `arrays`: of `network_arrays`.
+    """Write a state, of which the newest two stay, and at an epoch's end the networks in MXNet's own format.
 
     What fails is said, and does not end the run: the disk may have room again later.
     """
@@ -559,7 +542,8 @@ def save(s, run, modules, mean, arrays):
         return
     about = dict(epoch=run.epoch, iteration=run.iteration, seconds=time.monotonic() - run.start,
                  num_update=modules[0]._optimizer.num_update, average_count=mean.count, checksum=run.checksum,
-                 class_names=run.class_names, settings=dict(vars(s), workers=run.kv.num_workers), names=list(arrays),
+                 class_names=run.class_names if s.conditional else [], names=list(arrays),
+                 settings=dict(vars(s), workers=run.kv.num_workers),
                  versions=dict(mxnet=mx.__version__, numpy=np.__version__, python=sys.version))
     path = run.folder / f'state-{run.epoch:04d}-{run.iteration:06d}.npz'
     try:
@@ -572,29 +556,27 @@ def save(s, run, modules, mean, arrays):
             path = run.params_path(net, run.epoch - 1)
             with whole_file(path.with_name(path.name[:-len('0000.params')] + 'symbol.json')) as file:
                 file.write(mod.symbol.tojson().encode())
-            params = {f'{kind}:{name}': mx.nd.array(arrays[name + end])
-                      for kind, names in (('arg', mod._param_names), ('aux', mod._aux_names)) for name in names}
+            params = {f'arg:{name}': mx.nd.array(arrays[name + end]) for name in mod._param_names}
+            params.update({f'aux:{name}': mx.nd.array(arrays[name + end]) for name in mod._aux_names})
             with whole_file(path) as file:
                 mx.nd.save(file.name, params)
                 mx.nd.load(file.name)  # MXNet does not notice every full disk
-        for old in list_states(run.folder)[2:]:
+        for old in sorted(run.folder.glob('state-*-*.npz'))[:-2]:
             old.unlink()
     except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
         print(f'WARNING: {path} is not saved: {data.last_line(error)}; the run goes on')
 
 
+def state_arrays(modules, mean):
+    """`named_arrays` of both networks and of the mean of G: all that training changes."""
+    average = {f'{name}_average': copies for name, copies in named_arrays(mean.mod).items()}
+    return {**named_arrays(modules[0]), **named_arrays(modules[1]), **average}
+
+
 def network_arrays(modules, mean):
-    """{name: NumPy array} of both networks, from their first device: parameters, moving averages, Adam's moments, and
-    the mean of G."""
+    """{name: NumPy array} of the same, from the first device."""
     mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
-    arrays = {}
-    for mod, end in ((modules[0], ''), (modules[1], ''), (mean.mod, '_average')):
-        arrays.update({name + end: copies[0].asnumpy() for name, copies in named_arrays(mod).items()})
-    for mod in modules[:2]:
-        for i, name in enumerate(mod._param_names):
-            moments = mod._updater.states[i * len(mod._context)]
-            arrays[f'{name}_mean'], arrays[f'{name}_var'] = (moment.asnumpy() for moment in moments)
-    return arrays
+    return {name: copies[0].asnumpy() for name, copies in state_arrays(modules, mean).items()}
 
 
 def new_folder(path):
@@ -620,11 +602,6 @@ def lock(folder, stack):
         print(f'WARNING: {folder} cannot be locked ({error}): let no other run use it')
 
 
-def list_states(folder):
-    """The paths of a run's states, newest first."""
-    return sorted(folder.glob('state-*-*.npz'), reverse=True)
-
-
 def find_state(path, rename=False):
     """The newest state in a run's folder that can be read, or what is in a file: a state, or an epoch's .params.
 
@@ -632,10 +609,20 @@ def find_state(path, rename=False):
     give it, ValueError where there is none. `rename`: a damaged one, so that it does not count among the newest two.
     """
     path = pathlib.Path(path)
-    for file in [path] if path.is_file() else list_states(path):
-        file.open('rb').close()
+    for file in [path] if path.is_file() else sorted(path.glob('state-*-*.npz'), reverse=True):
+        content = file.read_bytes()
         try:
-            about, arrays = read_params(file) if file.suffix == '.params' else read_state(file)
+            if file.suffix == '.params':
+                return read_params(file)
+            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            about = json.loads(str(arrays.pop('about')))
+            for name in ('epoch', 'iteration', 'num_update', 'average_count', 'seconds'):
+                about[name] = int(about[name])
+            missing = {*SAME_NETWORKS, *SAME_RUN, 'workers'} - about['settings'].keys()
+            # after a flipped bit in the archive's directory NumPy finds fewer arrays
+            if about['names'] != list(arrays) or missing or 'class_names' not in about:
+                raise ValueError('something is missing')
             return dict(about, path=file), arrays
         except Exception as error:  # NumPy, zipfile and MXNet have a dozen kinds for a flipped bit
             print(f'WARNING: {file}: is damaged, or not of this program ({data.last_line(error)})')
@@ -644,34 +631,25 @@ def find_state(path, rename=False):
     raise ValueError(f"resume: {path} has no state to go on from; set 'latest', a run's folder or a file in it")
 
 
-def read_state(path):
-    """What a state-....npz remembers of its run, and {name: array}. Raises whatever NumPy raises."""
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    about = json.loads(str(arrays.pop('about')))
-    if about['names'] != list(arrays):  # after a flipped bit in the archive's directory NumPy loads fewer
-        raise ValueError('arrays are missing')
-    about.update({name: int(about[name]) for name in ('epoch', 'iteration', 'num_update', 'average_count', 'seconds')})
-    return dict(about, settings=dict(about['settings'])), arrays
-
-
 def read_params(path):
-    """The same of an epoch's .params of G and D, or of the mean of G, without Adam's moments and step count."""
-    prefix, net, stamp, epoch = re.fullmatch('(.*)_(Gmean|G|D)_(.*)-([0-9]+).params', str(path)).groups()
+    """What `find_state` returns, of an epoch's .params of G and D, or of the mean of G. Mean and Adam begin anew."""
+    dataset, net, stamp, epoch = re.fullmatch('(.*?)_(Gmean|G|D)_(.*)-([0-9]+).params', path.name).groups()
     arrays = {}
     for other in ['Gmean'] if net == 'Gmean' else ['G', 'D']:
-        file = pathlib.Path(f'{prefix}_{other}_{stamp}-{epoch}.params')
-        if other != 'D' or file.exists():  # samples need no D
-            arrays.update({key.split(':')[-1]: array.asnumpy() for key, array in mx.nd.load(str(file)).items()})
-    symbol = mx.sym.load(f'{prefix}_G_{stamp}-symbol.json')
+        file = path.with_name(f'{dataset}_{other}_{stamp}-{epoch}.params')
+        for key, array in mx.nd.load(str(file)).items() if file.exists() else ():  # samples need no D
+            name, array = key.split(':')[-1], array.asnumpy()
+            arrays[name] = arrays[f'{name}_average'] = array
+            arrays[f'{name}_mean'] = arrays[f'{name}_var'] = np.zeros_like(array)
+    symbol = mx.sym.load(str(path.with_name(f'{dataset}_G_{stamp}-symbol.json')))
     class_names = json.loads(symbol.attr_dict().get('rand', {}).get('__classes__', '[]'))
-    about = dict(epoch=int(epoch) + 1, iteration=0, num_update=0, average_count=0, seconds=0, class_names=class_names)
-    return about, arrays
+    return dict(path=path, epoch=int(epoch) + 1, iteration=0, num_update=0, average_count=0, seconds=0,
+                class_names=class_names), arrays
 
 
-def restore(s, run, modules, mean, about, arrays):
+def restore(s, workers, checksum, modules, mean, about, arrays):
     """Put modules into a state. Raises ValueError where it is of other networks or data; what else differs is said."""
-    now = dict(vars(s), workers=run.kv.num_workers)
+    now = dict(vars(s), workers=workers)
     was = about.get('settings', now)
     for name in SAME_NETWORKS:
         if was[name] != now[name]:
@@ -679,23 +657,16 @@ def restore(s, run, modules, mean, about, arrays):
     for name in (*SAME_RUN, 'workers'):
         if was[name] != now[name]:
             print(f'WARNING: {name} was {was[name]!r} and is {now[name]!r}: it goes on, but is not the same run')
-    if about.get('checksum', run.checksum) != run.checksum:
+    if about.get('checksum', checksum) != checksum:
         raise ValueError(f"{about['path']}: trained with other data; to go on with these, resume an epoch's .params")
-    for mod, end in ((modules[0], ''), (modules[1], ''), (mean.mod, '_average')):
-        for name, copies in named_arrays(mod).items():
-            array = arrays.get(name + end, arrays.get(name))  # from .params the mean begins at the weights
-            if array is None or array.shape != copies[0].shape:
-                raise ValueError(f'{about["path"]}: is of other networks than the settings, or for sample only: {name} '
-                                 'does not fit')
-            for copy in copies:  # one a device
-                copy[:] = array
-    for mod in modules[:2]:
-        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # one a device
-            name, zeros = mod._param_names[i // len(mod._context)], np.zeros(weight.shape)
-            mod._updater.states[i] = tuple(mx.nd.array(arrays.get(name + end, zeros), weight.context, np.float32)
-                                           for end in ('_mean', '_var'))
-            mod._updater.states_synced[i] = True
-        mod._optimizer.begin_num_update = mod._optimizer.num_update = about['num_update']  # for Adam's bias correction
+    for name, copies in state_arrays(modules, mean).items():
+        if name not in arrays or arrays[name].shape != copies[0].shape:
+            raise ValueError(f'{about["path"]}: is of other networks than the settings, or for sample only: {name} '
+                             'does not fit')
+        for copy in copies:
+            copy[:] = arrays[name]
+    for mod in modules[:2]:  # for Adam's bias correction
+        mod._optimizer.begin_num_update = mod._optimizer.num_update = about['num_update']
     mean.count = about['average_count']
     if 'settings' not in about:
         print(f"a new run begins with {about['path']}: Adam's moments and step count begin at zero")
@@ -724,46 +695,31 @@ def generate(modG, latents, classes=None):
         yield modG.get_outputs()[0].asnumpy()[:n - start], None if classes is None else classes[part]
 
 
-def load_generator(s, size):
-    """G for batches of that size from what `resume` names: the mean of G, or of an epoch's _G_....params G itself.
-
-    Returns it, the names of its classes, the file's path, and what to call its images.
-    """
+def make_samples(s):
+    """Write a mosaic, single images, and a walk between latent points, under names that are not there yet."""
+    size = min(s.sample, s.batch_size)
+    data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1], batch_size=size))
     about, arrays = find_state(s.resume)
+    path, class_names = about['path'], about['class_names']
     if 'g1_weight' not in arrays:
-        raise ValueError(f'{about["path"]}: has no G')
-    end = '_average' if 'g1_weight_average' in arrays else ''
-    params = {name[:len(name) - len(end)]: mx.nd.array(arrays[name]) for name in arrays if name.endswith(end)}
+        raise ValueError(f'{path}: has no G')
+    params = {name[:-len('_average')]: mx.nd.array(arrays[name]) for name in arrays if name.endswith('_average')}
     ngf, filters = params['g5_weight'].shape[:2]
     symbol, _ = make_dcgan_sym(ngf, 1, 3 if filters == 3 else 1)
     modG = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
     modG.bind([('rand', (size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
     modG.init_params(None, params, params)
-    class_names = about['class_names'] if about.get('settings', {'conditional': True})['conditional'] else []
-    called = f'sample-{about["epoch"] - (about["iteration"] == 0):04d}'
-    if not end and '_Gmean_' not in about['path'].name:
-        called += '-weights'
-    return modG, class_names, about['path'], called
-
-
-def chosen_classes(s, class_names):
-    """The classes from 0 on that `digits` asks for by their names. Raises ValueError where there is no such name."""
     names = list(filter(None, s.digits.replace(' ', '').split(','))) if ',' in s.digits else list(s.digits)
     if names and not class_names:
         misuse(f'digits = {s.digits!r}: that run is not conditional, and its G makes what it likes')
     for name in names:
         if name not in class_names:
             raise ValueError(f'digits = {s.digits!r}: there is no {name!r}, but {", ".join(class_names)}')
-    return [class_names.index(name) for name in names or class_names]
-
-
-def make_samples(s):
-    """Write a mosaic, single images, and a walk between latent points, under names that are not there yet."""
-    size = min(s.sample, s.batch_size)
-    data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1], batch_size=size))
-    modG, class_names, path, called = load_generator(s, size)
-    chosen = chosen_classes(s, class_names)
+    chosen = [class_names.index(name) for name in names or class_names]
     Z = modG.data_shapes[0].shape[1] - len(class_names)
+    called = f'sample-{about["epoch"] - (about["iteration"] == 0):04d}'
+    if path.suffix == '.params' and '_Gmean_' not in path.name:
+        called += '-weights'
     try:
         folder = new_folder(path.with_name(called))
     except OSError as error:
@@ -793,8 +749,8 @@ def make_samples(s):
 def join(s):
     """MXNet's key-value store: of this process alone, or with `dist_sync` of all that the DMLC_ variables name.
 
-    In a scheduler and in a server this does not return. Where a process ends in an error, the launcher (mpirun, srun)
-    has to end the others. Raises ValueError where a variable is wrong: MXNet would wait for ever.
+    A scheduler and a server end in here. Raises ValueError for a wrong variable, with which MXNet would wait for ever.
+    Where a process ends in an error, the launcher (mpirun, srun) has to end the others.
     """
     if s.kvstore != 'dist_sync':
         if data.ROLE:
@@ -814,7 +770,7 @@ def join(s):
     if data.ROLE != 'worker':
         mx.kv.KVStoreServer(kv).run()  # until the workers are done
         sys.exit(0)
-    atexit.register(leave_at_once)
+    atexit.register(os._exit, 1)  # after an error, where MXNet's own end would wait for the other workers
     kv.init('number', mx.nd.zeros(1))
     return kv
 
@@ -835,22 +791,6 @@ def check_same(kv, *what):
     if total(kv, mark) != mark * kv.num_workers:
         raise ValueError('the workers have different settings, data or states: start the same dcgan.py everywhere, and '
                          'out must be one folder for all')
-
-
-def leave(kv):
-    """Leave together with the other workers; MXNet aborts where it is left to Python's own end."""
-    kv._barrier()  # the first worker may still be counting digits, or saving
-    mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
-    kv.handle = mx.base.KVStoreHandle()
-    atexit.unregister(leave_at_once)
-
-
-def leave_at_once(status=1):
-    """End without MXNet's own end: in a cluster it would wait for the other workers, and with a GPU it may crash."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
 
 
 # ---------------------------------------------------------------- main
@@ -879,31 +819,34 @@ def run_training(s, stop, stack):
     modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data,
                            kv if s.kvstore == 'dist_sync' else s.kvstore, train_iter.class_names)
     mean = MeanG(s, modules[0])
+    if about:
+        restore(s, kv.num_workers, train_iter.checksum, modules, mean, about, arrays)
     if not folder and not kv.rank:
         folder = new_folder(pathlib.Path(s.out, f'{s.dataset}_{time.strftime("%Y_%m_%d-%H_%M")}'))
         lock(folder, stack)
     run = Run(s, folder, train_iter, kv, stop, about)
     for title, mod in zip('GD', modules):
         print_network(s, title, mod, folder)
-    coverage = data.Coverage(*labelled) if s.coverage and labelled else None
+    coverage = data.Coverage(*labelled) if s.coverage and labelled and folder else None
     print(f'data: {s.dataset}, {run.num_batches} iterations an epoch; run: {folder}')
-    if coverage and folder and coverage.floor:
+    if coverage and coverage.floor:
         print(f'FD: the Fréchet distance from real images; real ones have {coverage.floor:.2f}')
     print('metric: facc, fentropy of G, of D; then images/s, and the time left')
     for signum in Stop.SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
             stack.callback(signal.signal, signum, signal.signal(signum, stop.ask))
-    if about:
-        restore(s, run, modules, mean, about, arrays)
-        if not run.iteration:  # a killed run may not have come to this
-            save(s, run, modules, mean, network_arrays(modules, mean))
-            finish_epoch(s, run, modules[0], mean, coverage)
+    if about and not run.iteration:  # a killed run may not have come to this
+        save(s, run, modules, mean, network_arrays(modules, mean))
+        finish_epoch(s, run, modules[0], mean, coverage)
     train_loop(s, modules, mean, train_iter, rand_iter, run, coverage)
     end = f'stopped in epoch {run.epoch} after iteration {run.iteration}' if run.stopping else 'done'
     how = "to go on: resume = 'latest'; images: resume = 'latest', sample = 64" if run.saved else 'nothing was saved'
     print(f'{end}: everything is in {folder}/; {how}')
-    if s.kvstore == 'dist_sync':
-        leave(kv)
+    if s.kvstore == 'dist_sync':  # MXNet aborts where it is left to Python's own end
+        kv._barrier()  # the first worker may still be counting digits, or saving
+        mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
+        kv.handle = mx.base.KVStoreHandle()
+        atexit.unregister(os._exit)
     if stop.signum or run.stopping:
         sys.exit(128 + (stop.signum or signal.SIGTERM))
 
@@ -925,7 +868,6 @@ def train(settings):
             stack.callback(visual.close)
             stack.enter_context(contextlib.redirect_stdout(stop))
             check(s)
-            warn_of_no_effect(s)
             if s.resume == 'latest':
                 states = list(pathlib.Path(s.out).glob('*/state-*-*.npz'))
                 if not states:
@@ -951,10 +893,12 @@ def main():
     except SystemExit as end:
         status = end.code
     if isinstance(status, str):
-        print(status, file=sys.stderr)
+        print(status, file=sys.stderr, flush=True)
         status = 1
-    if data.GPU_BUILD:
-        leave_at_once(status)
+    if data.GPU_BUILD:  # MXNet's own end may crash
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
 
 

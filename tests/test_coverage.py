@@ -2,6 +2,7 @@
 import time
 import tracemalloc
 import types
+import unittest.mock
 
 import data
 
@@ -29,7 +30,6 @@ def digits(request):
 
 def test_real_digits_in_three_channels(digits):
     name, coverage, held_out, labels = digits
-    coverage.floor, coverage.classifier  # noqa: B018  fitted before the clock runs
     images = scaled(held_out[:coverage.num_images], 3)
     start = time.perf_counter()
     row = coverage.count(batches(images, labels[:len(images)], 64))
@@ -56,30 +56,37 @@ def test_any_number_of_classes(num_classes):
 
     y = rng.permutation(2200) % num_classes
     names = [str(5 + c) for c in range(num_classes)]
-    coverage = data.Coverage(draw(y), y.astype(np.int32), names)
+    X = draw(y)
+    coverage = data.Coverage(X, y.astype(np.int32), names)
     assert coverage.num_images == 1100
     row = coverage.count(batches(scaled(draw(y[:1100])), y[:1100].astype(np.float32)))  # as RandIter has them
     assert list(row)[:num_classes] == [f'share_{name}' for name in names]
     assert row['digits'] == num_classes and row['asked'] > 0.99 and row['confidence'] > 0.9 and row['kl'] < 0.05
     assert 0 < row['fd'] < 2 * coverage.floor
-    assert abs(coverage.real_median - np.median(coverage.X[:2200:2])) <= 1
+    assert abs(coverage.real_median - np.median(X[:2200:2])) <= 1
     row = coverage.count(batches(scaled(draw(np.zeros(1100, int)))))  # one class alone
     assert row['share_5'] > 0.99 and row['digits'] == 1 and 'asked' not in row
     assert np.isclose(row['kl'], np.log(num_classes), atol=0.1)
     assert row['fd'] > 3 * coverage.floor or num_classes == 1
 
 
+def judge(classifier, *labelled):
+    """Coverage with a classifier that is not fitted."""
+    with unittest.mock.patch('sklearn.neural_network.MLPClassifier') as made:
+        made.return_value.fit.return_value = classifier
+        return data.Coverage(*labelled)
+
+
 def reader(y, confidence=0.9):
     """Coverage whose classifier reads the class from an image's grey level."""
     num_classes = max(y) + 1
-    coverage = data.Coverage(np.zeros((len(y), 1, 64, 64), np.uint8), np.asarray(y), [f'c{i}' for i in range(10)])
 
     def predict_proba(features):
         level = np.rint((features[:, :1] + 1) * 127.5)
         return np.where(np.arange(num_classes) == level, confidence, (1 - confidence) / 9)
 
-    coverage.classifier = types.SimpleNamespace(coefs_=[np.eye(256)], intercepts_=[0], predict_proba=predict_proba)
-    return coverage
+    classifier = types.SimpleNamespace(coefs_=[np.eye(256)], intercepts_=[0], predict_proba=predict_proba)
+    return judge(classifier, np.zeros((len(y), 1, 64, 64), np.uint8), np.asarray(y), [f'c{i}' for i in range(10)])
 
 
 def flat(levels, nc=1):
@@ -134,10 +141,11 @@ def test_the_distance():
 def test_what_is_compared_and_in_how_much_memory():
     """The distance is that of all answers of the hidden layer at once, but the images are never floats all at once."""
     rng = np.random.RandomState(0)
-    coverage = data.Coverage(rng.randint(0, 256, (2200, 1, 64, 64)).astype(np.uint8), np.arange(2200) % 2, 'ab')
+    X = rng.randint(0, 256, (2200, 1, 64, 64)).astype(np.uint8)
     layer, bias = rng.normal(size=(256, 256)) / 16, rng.normal(size=256)
-    coverage.classifier = types.SimpleNamespace(coefs_=[layer], intercepts_=[bias],
-                                                predict_proba=lambda features: np.ones((len(features), 2)) / 2)
+    coverage = judge(types.SimpleNamespace(coefs_=[layer], intercepts_=[bias],
+                                           predict_proba=lambda features: np.ones((len(features), 2)) / 2),
+                     X, np.arange(2200) % 2, 'ab')
 
     def generated():
         for i in range(22):
@@ -154,6 +162,6 @@ def test_what_is_compared_and_in_how_much_memory():
         return answers.mean(axis=0), np.cov(answers.T)
 
     fakes = np.concatenate([images.mean(axis=1) for images, _ in generated()])
-    reals, others = (normal(scaled(coverage.X[half::2])) for half in (0, 1))
+    reals, others = (normal(scaled(X[half::2])) for half in (0, 1))
     assert np.isclose(row['fd'], data.frechet_distance(reals, normal(fakes)), rtol=1e-4)
     assert np.isclose(coverage.floor, data.frechet_distance(reals, others), rtol=1e-4)

@@ -78,8 +78,8 @@ def library(name, module='mxnet', kind='OSError'):
      ['requests', 'pip install', 'tests/requirements.txt']),
     ('sys.version_info = (3, 7, 17)', ['Python 3.8']),
     ("import asyncio, shutil; sys.platform = 'win32'", ['WSL 2']),
-    (library('libgomp.so.1'), ['libgomp.so.1', 'apt-get install libgomp1']),
-    (library('libquadmath.so.0'), ['libquadmath.so.0', 'apt-get install libquadmath0']),
+    (library('libgomp.so.1'), ['libgomp.so.1', 'apt-get install libgomp1 libquadmath0']),
+    (library('libquadmath.so.0'), ['libquadmath.so.0', 'apt-get install libgomp1 libquadmath0']),
     (library('libGL.so.1', 'cv2', 'ImportError'), ['apt-get install libgl1', 'opencv-python-headless']),
     (library('libgthread-2.0.so.0', 'cv2', 'ImportError'), ['apt-get install libglib2.0-0']),
     (library('libglib-2.0.so.0', 'cv2', 'ImportError'), ['apt-get install libglib2.0-0']),
@@ -180,25 +180,14 @@ assert dcgan.Settings().ctx == data.mx.cpu()''', DMLC_ROLE=role) == [0, '', '']
 def test_a_worker_is_given_the_schedulers_address_as_numbers(run):
     code = 'import data\nprint(os.environ["DMLC_ROLE"], os.environ["DMLC_PS_ROOT_URI"])'
     assert run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI='localhost') == [0, 'worker 127.0.0.1\n', '']
-    status, out, err = run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI='no-such-host.invalid')
-    assert (status, out, err.count('\n')) == (1, '', 1)
-    assert err.startswith('dcgan.py: DMLC_PS_ROOT_URI=no-such-host.invalid: ')
-
-
-def test_addresses(monkeypatch, capsys):
-    known = {'node1': '10.1.2.3', 'debian': '127.0.1.1', 'localhost': '127.0.0.1'}
-    resolve = data.socket.gethostbyname
-    monkeypatch.setattr(data.socket, 'gethostbyname', lambda host: known.get(host) or resolve(host))
-    assert [data.address_of(host) for host in ('node1', 'localhost', '127.0.0.1', '10.9.8.7')] == [
-        '10.1.2.3', '127.0.0.1', '127.0.0.1', '10.9.8.7']
-    assert capsys.readouterr().out == ''
-    assert data.address_of('debian') == '127.0.1.1'  # works on one machine; others cannot reach it
-    said = capsys.readouterr().out
-    assert said.startswith('WARNING') and said.count('\n') == 1
-    assert all(word in said for word in ('debian', '127.0.1.1', 'other machines', 'hostname -I'))
-    for host in ('::1', 'a..b', 'x' * 70, ' localhost'):
-        with pytest.raises(SystemExit, match=f'^dcgan.py: DMLC_PS_ROOT_URI={host}: .*address'):
-            data.address_of(host)
+    code = f'import socket\nsocket.gethostbyname = lambda host: "127.0.1.1"\n{code}'
+    status, out, err = run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI='debian')  # has its own name there
+    assert (status, out) == (0, 'worker 127.0.1.1\n') and 'debian is 127.0.1.1 here, which other machines' in err
+    code = 'import data'
+    for host in 'no-such-host.invalid', 'a..b':
+        status, out, err = run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI=host)
+        assert (status, out, err.count('\n')) == (1, '', 1)
+        assert err.startswith(f'dcgan.py: DMLC_PS_ROOT_URI={host}: ') and 'address' in err
 
 
 # ---------------------------------------------------------------- the GPU build's libraries
@@ -237,9 +226,8 @@ CUDART = '''
 int cudaDeviceGetAttribute(int *value, int attribute, int device)
 {
     *value = attribute == 75 ? 9 : attribute == 76 ? 0 : 5;
-    return device == 0 ? 0 : 101;
-}
-const char *cudaGetErrorString(int status) { return status == 101 ? "invalid device ordinal" : "?"; }'''
+    return 0;
+}'''
 
 
 def test_libraries_come_from_beside_mxnet_alone(stub, tmp_path):
@@ -257,12 +245,11 @@ for name in {PARTS}:
 data.GPU_BUILD, touched = True, []
 data.mx.nd.ones = data.mx.context.gpu_memory_info = lambda *args: touched.append(args)
 import types
-for device, problem in (0, 'has compute capability 9.0, '), (1, 'invalid device ordinal; '):
-    try:
-        data.check_devices(types.SimpleNamespace(ctx=(data.mx.gpu(device),)))
-        raise SystemExit('passed')
-    except ValueError as error:
-        assert str(error).startswith(f'ctx = gpu({{device}}): {{problem}}'), error
+try:
+    data.check_devices(types.SimpleNamespace(ctx=(data.mx.gpu(0),)))
+    raise SystemExit('passed')
+except ValueError as error:
+    assert str(error).startswith('ctx = gpu(0): has compute capability 9.0, '), error
 assert touched == []''', PYTHONPATH=f'{other}:{site}', LD_LIBRARY_PATH=str(tmp_path / 'ld/nvidia'))
     assert found == sorted(str(site / f'nvidia/{i}/lib' / name) for i, name in enumerate(data.CUDA))
 
@@ -304,16 +291,16 @@ def test_a_gpu_build_that_sees_no_gpu_says_so(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('capability, fit', [
-    ((3, 7), False), ((5, 0), True), ((7, 5), True), ((8, 9), True), ((9, 0), False), ((12, 1), False)])
+    ((3, 7), False), ((5, 0), True), ((8, 9), True), ((9, 0), False), ((12, 1), False),
+    ((0, 0), True)])  # CUDA knows no such GPU, as MXNet will say
 def test_a_gpu_that_the_wheel_has_no_code_for(monkeypatch, capability, fit):
     """Asked before the first operator, and before the GPU's memory, which would be the first to touch it."""
     touched, ones = [], mx.nd.ones
 
     def get_attribute(number, attribute, device_id):
         number._obj.value = capability[attribute - 75]
-        return 0
 
-    cudart = types.SimpleNamespace(cudaDeviceGetAttribute=get_attribute, cudaGetErrorString=lambda status: b'')
+    cudart = types.SimpleNamespace(cudaDeviceGetAttribute=get_attribute)
     monkeypatch.setattr(data, 'GPU_BUILD', True)
     monkeypatch.setattr(data.ctypes, 'CDLL', lambda name: cudart)
     monkeypatch.setattr(mx.context, 'gpu_memory_info', lambda device_id: touched.append('memory') or (8e9, 8e9))
