@@ -208,6 +208,9 @@ def textbook(steps):
     X, times = images(BATCH * (steps + 3)), []
 
     class Images:
+        def __len__(self):
+            return len(X)
+
         def __getitem__(self, rows):  # once a step, when the one before has ended
             times.append(time.perf_counter())
             return X[rows]
