@@ -761,6 +761,7 @@ def join(s):
         value = os.environ.get(f'DMLC_{name}', '')
         if not re.fullmatch(right, value):
             raise ValueError(f'DMLC_{name}={value!r}: has to be {right} (README, "Several machines")')
+    os.environ.pop('PORT', None)  # of a container: each process would take it for its own, and so the scheduler's
     if data.ROLE != 'worker':
         for signum in Stop.SIGNALS:  # launchers send them to all; the workers decide
             signal.signal(signum, signal.SIG_IGN)

@@ -1,10 +1,11 @@
-"""Which learning rate trains which network: short runs on the real MNIST over width, channels, lr and seed.
+"""Which learning rate trains the published networks: short runs on the real MNIST over width, channels, lr and seed.
 
     python tests/study.py ../shared/mnist          # the folder with MNIST's IDX files
     python tests/study.py ../shared/mnist why      # draws out/why.png: a dead pair beside a living one
 
-The runs go on where the last call stopped: `out/study.jsonl` has a line for each that is done. A run a core, each with
-one thread. Prints a table of all of them at the end.
+D has no bias, the reals' label is 1, and lr is the same from the first iteration on, as published: with these
+`Settings.head_start` was found. The runs go on where the last call stopped: `out/study.jsonl` has a line for each that
+is done. A run a core, each with one thread. Prints a table of all of them at the end.
 """
 import itertools
 import json
@@ -27,11 +28,12 @@ import visual  # noqa: E402
 
 RESULTS = os.path.join('out', 'study.jsonl')
 ITERATIONS = 500
-REAL = []  # images, digits, and who counts digits
+COLUMNS = 'digits', 'kl', 'confidence', 'fd'
+REAL = []  # images, labels, and who counts digits
 
 
 def cells():
-    """(width, nc, lr, seed): all of widths 16 and 32; of 64 fewer seeds of smaller rates; of 128 the default's lr."""
+    """(width, nc, lr, seed): all of widths 16 and 32; of 64 fewer seeds of smaller rates; of 128 one run."""
     for seed, width in itertools.product((1, 2, 3), (16, 32, 64)):
         for lr, nc in itertools.product((0.001, 0.0006, 0.0004, 0.0002, 0.0001), (1, 3)):
             if width < 64 or lr > 0.0004 or (seed == 1 and lr > 0.0001):
@@ -39,10 +41,15 @@ def cells():
     yield 128, 1, 0.0003125, 1
 
 
+def published(width, **settings):
+    """The settings that are not in question, as the published script has them."""
+    return dcgan.Settings(ngf=width, ndf=width, d1_bias=False, pos_label=1., head_start=0, ctx=(mx.cpu(),), **settings)
+
+
 def prepare(path):
     """Load MNIST once in each process."""
     X, _, y, _ = data.get_mnist(path, labels=True)
-    REAL[:] = X, y, data.Coverage(X, y)
+    REAL[:] = X, y, data.Coverage(X, y, [str(digit) for digit in range(10)])
 
 
 def steps(s, iterations):
@@ -50,27 +57,26 @@ def steps(s, iterations):
     X, y, _ = REAL
     train_iter, rand_iter = data.PixelIter(X, y, s.batch_size, s.nc), data.RandIter(s.batch_size, s.Z)
     modules = dcgan.make_modules(s, train_iter.provide_data, rand_iter.provide_data)
-    zeros, ones = mx.nd.zeros(s.batch_size), mx.nd.ones(s.batch_size)
+    labels = [mx.nd.full(s.batch_size, label) for label in (0, 1, s.pos_label)]
     mx.random.seed(s.seed + 1)
-    return modules, (dcgan.train_step(*modules, rand_iter.next(), batch, zeros, ones)
+    return modules, (dcgan.train_step(*modules, rand_iter.next(), batch, *labels)
                      for batch in itertools.islice(train_iter, iterations))
 
 
 def run(cell):
     """Train one cell; its metrics, means of ten iterations, and which digits there are at the end."""
     width, nc, lr, seed = cell
-    s = dcgan.Settings(ngf=width, ndf=width, nc=nc, lr=lr, seed=seed, ctx=[mx.cpu()])
-    trace = []
+    s, trace = published(width, nc=nc, lr=lr, seed=seed), []
     modules, results = steps(s, ITERATIONS)
     for _, _, answers in results:
-        fake, real, again = (answer.asnumpy().ravel().astype(float) for answer in answers)
-        trace.append((((fake <= 0.5).mean() + (real > 0.5).mean()) / 2,
-                      -np.log(again + 1e-12).mean(),
-                      -(np.log(1 - fake + 1e-12).mean() + np.log(real + 1e-12).mean()) / 2))
-    latent, _ = dcgan.fixed_latents(s, 1000)
-    row = REAL[2].count(dcgan.generate(modules[0], latent))
+        fake, real, again = (answer.asnumpy().astype(float) for answer in answers)
+        ones = np.ones(s.batch_size)
+        trace.append(((dcgan.facc(1 - ones, fake) + dcgan.facc(ones, real)) / 2, dcgan.fentropy(ones, again),
+                      (dcgan.fentropy(1 - ones, fake) + dcgan.fentropy(ones, real)) / 2))
+    latents = dcgan.fixed_latents(s.seed, REAL[2].num_images, s.Z)
+    row = REAL[2].count(dcgan.generate(modules[0], latents))
     lines = np.array(trace).reshape(-1, 10, 3).mean(axis=1).round(4).tolist()
-    return dict(cell=cell, lines=lines, **{name: round(float(row[name]), 4) for name in ('digits', 'kl', 'confidence')})
+    return dict(cell=cell, lines=lines, **{name: round(float(row[name]), 4) for name in COLUMNS})
 
 
 def first_alive(row):
@@ -95,9 +101,10 @@ def study(path):
                 rows.append(row)
                 file.write(json.dumps(row) + '\n')
                 file.flush()
-    print('| width | nc | lr | seed | alive from | digits | KL | confidence |\n|---|---|---|---|---|---|---|---|')
+    print('| width | nc | lr | seed | alive from | digits | KL | confidence | FD |\n' + '| ---: ' * 9 + '|')
     for row in sorted(rows, key=lambda row: row['cell']):
-        print('|', *row['cell'], first_alive(row), int(row['digits']), row['kl'], row['confidence'], '|', sep=' | ')
+        values = *row['cell'], first_alive(row), *(row[name] for name in COLUMNS)
+        print('| ' + ' | '.join(map(str, values)) + ' |')
 
 
 def why(path):
@@ -107,7 +114,7 @@ def why(path):
     curves = []
     for lr in (0.0002, 0.001):
         rows, before = [], None
-        modules, results = steps(dcgan.Settings(ngf=32, ndf=32, lr=lr, seed=1, ctx=[mx.cpu()]), 200)
+        modules, results = steps(published(32, nc=1, lr=lr, seed=1), 200)
         for fakes, diff, answers in results:
             weights = [copies[0].asnumpy() for copies in modules[0]._exec_group.param_arrays]
             moved = [np.linalg.norm(w - b) / np.linalg.norm(w) for w, b in zip(weights, before or weights)]
