@@ -731,7 +731,8 @@ def make_samples(s):
         for image in images:
             visual.save(folder / f'{len(mosaic):05d}.png', visual.tile(image[None]))
             mosaic.append(image)
-    visual.save(f'{folder}.png', visual.tile(np.stack(mosaic[:256]), min(len(chosen), 16) or None))
+    columns = visual.columns_for(len(chosen)) if chosen else None
+    visual.save(f'{folder}.png', visual.tile(np.stack(mosaic[:256]), columns))
     # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
     rows, steps = 6, 10
     points = fixed_latents(s.seed, rows + 1, Z)

@@ -41,34 +41,42 @@ def tile(X, columns=None):
     return cv2.merge([blue, green, red])
 
 
+def columns_for(num_classes):
+    """How many columns a table of so many classes has: one each, several each where they are few, at most sixteen."""
+    return min(num_classes * max(1, 8 // num_classes), 16)
+
+
 def by_class(X, classes, num_classes, rows=None):
-    """A table of images with a class in each column, which `tile(table, min(num_classes, 16))` draws.
+    """A table of images with a class in each column, which `tile(table, columns_for(num_classes))` draws.
 
     `X` is float (n, c, height, width), `classes` (n,) integers below num_classes. Class k is in column k % 16 of block
-    k // 16; a block has `rows` rows, by default as many as the n images fill. A place without an image is black; images
-    for which a column has no place left are not shown. Returns (places, c, height, width) of X's dtype, row by row.
+    k // 16, and few classes have several columns each, in turn. A block has `rows` rows, by default as many as the n
+    images fill. A place without an image is black; images for which a class has no place left are not shown.
+    Returns (places, c, height, width) of X's dtype, row by row.
     """
-    columns = min(num_classes, 16)
-    blocks = -(-num_classes // columns)
-    rows = rows or -(-len(X) // num_classes)
-    table = np.full((blocks, rows, columns) + X.shape[1:], -1, X.dtype)
+    columns = columns_for(num_classes)
+    repeats = max(1, columns // num_classes)
+    rows = rows or -(-len(X) // (num_classes * repeats))
+    table = np.full((-(-num_classes // columns), rows, columns) + X.shape[1:], -1, X.dtype)
     for k in range(num_classes):
-        column = X[classes == k][:rows]
-        table[k // columns, :len(column), k % columns] = column
+        block, column = divmod(k, columns)
+        for i, image in enumerate(X[classes == k][:rows * repeats]):
+            table[block, i // repeats, column + num_classes * (i % repeats)] = image
     return table.reshape((-1,) + X.shape[1:])
 
 
 def visual(title, X, out='out', display=True, classes=None, num_classes=0):
     """Show images as a mosaic with `show_picture`: `tile`'s X, with `classes` (n,) as a table of `by_class`.
 
-    At most 256 images are shown: the first ones, with `classes` the first ones of each class, as many of each and at
-    most 32. Of more than 256 classes not each has a place: then the images are shown in their own order.
+    At most 256 images are shown: the first ones, with `classes` the first ones of each class, as many of each. Of more
+    than 256 classes not each has a place: then the images are shown in their own order.
     """
     if classes is None or num_classes > MOST_IMAGES:
         picture = tile(X[:MOST_IMAGES])
     else:
-        rows = min(-(-len(X) // num_classes), MOST_IMAGES // max(num_classes, 8))  # few classes: no long strip
-        picture = tile(by_class(X, classes, num_classes, rows), min(num_classes, 16))
+        columns = columns_for(num_classes)
+        shown = max(num_classes, columns)  # in a row of all blocks
+        picture = tile(by_class(X, classes, num_classes, min(-(-len(X) // shown), MOST_IMAGES // shown)), columns)
     show_picture(title, picture, out, display)
 
 

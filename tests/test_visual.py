@@ -157,8 +157,10 @@ def test_a_class_a_column():
     X = np.arange(1, 6, dtype=np.float32).reshape(5, 1, 1, 1)
     table = visual.by_class(X, np.array([3, 3, 0, 9, 3]), 10)
     assert table.dtype == X.dtype and columns_of(table, 1, 10) == [[3, -1, -1, 1, -1, -1, -1, -1, -1, 4]]
+    table = visual.by_class(X, np.array([1, 1, 0, 1, 1]), 5, 3)
+    assert columns_of(table, 3, 5) == [[3, 1, -1, -1, -1], [-1, 2, -1, -1, -1], [-1, 4, -1, -1, -1]]  # no place for one
     table = visual.by_class(X, np.array([1, 1, 0, 1, 1]), 2)
-    assert columns_of(table, 3, 2) == [[3, 1], [-1, 2], [-1, 4]]  # one 1 has no place left
+    assert columns_of(table, 1, 8) == [[3, 1, -1, 2, -1, 4, -1, 5]]  # few classes have several columns each
 
 
 def test_more_classes_than_columns():
@@ -170,7 +172,7 @@ def test_more_classes_than_columns():
 
 
 @pytest.mark.parametrize('n, num_classes, rows, columns, shown', [
-    (64, 0, 8, 8, 64), (1024, 0, 16, 16, 256), (64, 2, 32, 2, 64), (1024, 2, 32, 2, 64), (1024, 1, 32, 1, 32),
+    (64, 0, 8, 8, 64), (1024, 0, 16, 16, 256), (64, 2, 8, 8, 64), (1024, 2, 32, 8, 256), (1024, 1, 32, 8, 256),
     (64, 10, 7, 10, 64), (1024, 10, 25, 10, 250), (1024, 47, 15, 16, 235), (300, 256, 16, 16, 256),
     (2000, 1000, 16, 16, 256)])
 def test_a_shown_mosaic_has_at_most_256_images(n, num_classes, rows, columns, shown, tmp_path):
