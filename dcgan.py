@@ -49,15 +49,15 @@ class Settings:
     ngf: int = 64                  # filters in G's last but one layer
     nc: int = 3                    # channels: 3 or 1
     Z: int = 100                   # size of the latent vector
-    d1_bias: bool = True           # a bias in D's first layer, without which D sees no contrast; article: False
+    d1_bias: bool = True           # a bias in D's first layer, without which D sees no contrast; published: False
     conditional: bool = False      # tell G which digit to make, and D which it sees
     # optimisation
     batch_size: int = 64           # real images in a step, and as many fakes
-    lr: float = 0.0002             # Adam's
-    head_start: int = 500          # so many first iterations have lr 0.001; article: 0
+    lr: float = 0.0002             # Adam's learning rate after the head start
+    head_start: int = 500          # so many first iterations have lr 0.001; published: 0
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
-    pos_label: float = 0.9         # of the reals, when D learns; article: 1.0
-    average: float = 0.99          # decay of the mean of G's weights, by which mosaics and samples are made; 0: none
+    pos_label: float = 0.9         # label of real images while D learns; published: 1.0
+    average: float = 0.99          # decay of a mean of G's weights, which makes mosaics and samples; 0: G itself
     epochs: int = 100              # passes over the training images
     seed: int = 1234               # same seed, same run; on the CPU to the last bit
     ctx: object = data.default_ctx()  # or mx.cpu(), mx.gpu(1); several GPUs: mx.gpu(0), mx.gpu(1)
@@ -65,7 +65,7 @@ class Settings:
     # output
     out: str = 'out'               # folder for the runs; each has a folder of its own in it
     check_point: bool = True       # save after every epoch, and when stopped
-    resume: str = ''               # go on: 'latest' or a run's folder; begin a new run: a state-....npz or .params
+    resume: str = ''               # 'latest' or a run's folder: go on; a state or .params in it: a new run from there
     sample: int = 0                # with resume: make that many images and stop
     digits: str = ''               # with sample and conditional: which; '7', '0123' or '3, 12'; '': all
     coverage: bool = True          # after every epoch, count the digits among generated images (not for pictures)
@@ -88,7 +88,7 @@ def misuse(message):
 
 
 def check(s):
-    """Before any long work, raise ValueError for a setting that cannot work, and warn of those that have no effect."""
+    """Before any long work, raise ValueError for a setting that cannot work, and warn of settings without effect."""
     def must(right, name, rule):
         if not right:
             raise ValueError(f'{name} = {getattr(s, name)!r}: must be {rule}')
@@ -136,8 +136,9 @@ def check(s):
 def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12, d1_bias=False, classes=0):
     """Generator and discriminator for 64x64 images.
 
-    Parameters: `ngf`, `ndf`, filters of the layer next to the image; `nc`, channels; `no_bias`, `fix_gamma`, `eps` go
-    to the layers; `d1_bias`, a bias in D's first layer all the same; `classes`, of a conditional pair, else 0.
+    Parameters: `ngf` and `ndf` are the filters of the layer next to the image, `nc` its channels. `no_bias`,
+    `fix_gamma` and `eps` go to all layers; `d1_bias` gives D's first layer a bias all the same. A conditional pair has
+    `classes`.
     Returns: `gout`, (batch, nc, 64, 64) in [-1, 1] out of `rand` (batch, Z (+ classes, one-hot), 1, 1); `dloss`,
     (batch, 1), D's probability that an image is real, out of `data` (batch, nc, 64, 64), `label` (batch,) and, with
     classes, `digit` (batch,), the image's class from 0 on.
@@ -161,13 +162,14 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12,
     gout = mx.sym.Activation(x, act_type='tanh', name='gact5')
 
     x = mx.sym.Variable('data')                                                          # nc       x 64 x 64
-    # all else in D is the same for an image and for one of half its contrast: its BatchNorm scales each batch
+    # Without a bias here D gives an image and the same image at half its contrast the same answer: every layer after
+    # this one scales along, and BatchNorm takes the scale away.
     x = down(x, num_filter=ndf, name='d1', no_bias=no_bias and not d1_bias)
     x = leaky(x, name='dact1')                                                           # ndf      x 32 x 32
     x = leaky(norm(down(x, num_filter=ndf * 2, name='d2'), name='dbn2'), name='dact2')   # ndf * 2  x 16 x 16
     x = leaky(norm(down(x, num_filter=ndf * 4, name='d3'), name='dbn3'), name='dact3')   # ndf * 4  x  8 x  8
     x = leaky(norm(down(x, num_filter=ndf * 8, name='d4'), name='dbn4'), name='dact4')   # ndf * 8  x  4 x  4
-    x = mx.sym.Flatten(conv(x, num_filter=max(classes, 1), name='d5'))                   # an answer, or one a class
+    x = mx.sym.Flatten(conv(x, num_filter=max(classes, 1), name='d5'))                   # a logit, or one a class
     if classes:
         x = mx.sym.pick(x, mx.sym.Variable('digit'), keepdims=True)                      # that of the image's class
     dloss = mx.sym.LogisticRegressionOutput(x, mx.sym.Variable('label'), name='dloss')
@@ -198,10 +200,10 @@ def fentropy(label, pred):
 # ---------------------------------------------------------------- the modules
 
 def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
-    """G, D, and D's twin, which finds input gradients only, a tenth less work in step 7; with their optimisers.
+    """Make G and D with their optimisers, and a second module of D that computes only the gradient of its input.
 
-    The twin shares D's parameters, moving averages and activations. Parameters: what the iterators provide; MXNet's
-    key-value store, or its kind; the names of the classes, which go into G's symbol, and so on the disk.
+    That one shares D's parameters, moving averages and activations, and makes step 7 a tenth cheaper. Parameters: what
+    the iterators provide; MXNet's key-value store, or its kind; the names of the classes, which G's symbol keeps.
     """
     gout, dloss = make_dcgan_sym(s.ngf, s.ndf, s.nc, d1_bias=s.d1_bias, classes=len(class_names) * s.conditional)
     if s.conditional:
@@ -215,7 +217,7 @@ def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
     for mod in (modG, modD):
         mod.init_params(mx.init.Normal(0.02))
         mod.init_optimizer(kv, 'adam', {'learning_rate': s.lr, 'beta1': s.beta1, 'wd': 0.})
-        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # one a device
+        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # each on each device
             # Adam's moments, which MXNet would make at the first step: a state has to find them
             mod._updater.states[i] = mod._optimizer.create_state(i, weight)
             mod._updater.states_synced[i] = True
@@ -248,7 +250,7 @@ class MeanG:
         self.mod.init_params(None, *modG.get_params())
 
     def update(self, modG):
-        """Take in G's weights as they are now. At the beginning the mean forgets faster, for G changes fast."""
+        """Take in G's weights as they are now. At first, when G changes fast, the decay is smaller: 0.1, 0.18, ..."""
         mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         self.count += 1
@@ -267,30 +269,32 @@ def forward_backward(modD, images, label):
     return modD.get_outputs()[0].copy()  # the next forward overwrites the original
 
 
-def train_step(modG, modD, modDx, rbatch, batch, label0, label1, pos_label):
-    """One update of D and one of G; only queued, nothing here waits for a device.
+def train_step(modG, modD, modDx, rbatch, batch, label0, label1, label_real):
+    """Update D once and G once. Everything is only queued; nothing here waits for a device.
 
-    Parameters: the modules, a latent batch, a real batch, the labels 0 and 1 and the reals' when D learns, (batch,).
+    Parameters: the modules; a latent batch and a real one of the same size; (batch,) arrays of 0, 1 and `pos_label`.
     Returns: the fakes, (batch, nc, 64, 64); `diff`, of the same shape; and D's answers (batch, 1) to the fakes and
     to the reals before its update, and to the fakes after it.
     """
     # 1. G makes a batch of fakes from a latent batch.
     modG.forward(rbatch, is_train=True)
     fakes = modG.get_outputs()[0]
-    shown = [fakes, *rbatch.label]  # to D; a conditional D knows which digit each should be
-    # 2. The fakes get label 0.  3. D sees them; the gradients are kept, the weights not yet updated.
-    answers_to_fakes = forward_backward(modD, shown, label0)
+    fakes_for_D = [fakes, *rbatch.label]  # a conditional D knows which digit each should be
+    # 2. The fakes get label 0.
+    # 3. D sees them; the gradients are kept, the weights not yet updated.
+    answers_to_fakes = forward_backward(modD, fakes_for_D, label0)
     kept = [[grad.copy() for grad in grads] for grads in modD._exec_group.grad_arrays]
     # 4. The real batch gets label 1, or nearly so (Salimans et al. 2016, arXiv 1606.03498, section 3.4); D sees it.
-    answers_to_reals = forward_backward(modD, batch.data, pos_label)
+    answers_to_reals = forward_backward(modD, batch.data, label_real)
     # 5. The fakes' gradients are added to the reals', and D is updated once with the sum.
     with mx.engine.bulk(64):  # on a GPU each operator waits for its stream; so they wait together
         for real_grads, fake_grads in zip(modD._exec_group.grad_arrays, kept):
             for real_grad, fake_grad in zip(real_grads, fake_grads):  # one a device
                 real_grad += fake_grad
         modD.update()
-    # 6. Now the fakes get label 1: what G wants D to say.  7. The updated D sees them again, down to its input.
-    answers_after_update = forward_backward(modDx, shown, label1)
+    # 6. Now the fakes get label 1: what G wants D to say.
+    # 7. The updated D sees them again, down to its input.
+    answers_after_update = forward_backward(modDx, fakes_for_D, label1)
     diff = modDx.get_input_grads()[0]
     # 8. That gradient, `diff`, goes backward through G, and G is updated.
     modG.backward([diff])
@@ -302,16 +306,20 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1, pos_label):
 # ---------------------------------------------------------------- the loop
 
 def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
-    """Train, from where `run` stands, until `s.epochs` are done or a process of the run is asked to stop."""
+    """Train until `s.epochs` are done or the run is asked to stop.
+
+    `modules` are those of `train_step`, `mean` is what is shown of G, `run` knows where the training stands, keeps its
+    log and saves it, `coverage` counts digits (or is None). What they do stands below and need not be known here.
+    """
     labels = [mx.nd.full(s.batch_size, label, s.ctx[0]) for label in (0, 1, s.pos_label)]
-    # of each layer's output and of `diff`: the root mean square
+    # prints the root mean square of each layer's output and of `diff`, or never
     monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='(?!.*backward).*output|d1_backward_output0', sort=True)
     for mod in modules if s.monitor else ():
         mod.install_monitor(monitor)
     while run.epoch < s.epochs and not run.stopping:
         mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * run.kv.rank)  # each worker has latents of its own
         train_iter.reset()
-        train_iter.skip(run.iteration)
+        train_iter.skip(run.iteration)  # in a run that goes on inside an epoch: what has been used
         for _ in range(run.iteration):
             rand_iter.next()
         run.tic = time.monotonic()  # pictures, counting and saving are no part of the speed
@@ -373,7 +381,7 @@ def save_mosaic(s, run, mean, title):
 
 
 def finish_epoch(s, run, modG, mean, coverage):
-    """Leave what is missing of an epoch's mosaic, film and count of digits, and warn where G is being lost."""
+    """Make an epoch's mosaic, film and count of digits where they are missing, and warn where G is being lost."""
     epoch, names = run.epoch - 1, run.class_names
     if not run.folder:
         return
@@ -382,7 +390,8 @@ def finish_epoch(s, run, modG, mean, coverage):
     visual.film(run.folder)
     if not coverage or any(row['epoch'] == epoch and 'kl' in row for row in run.rows):
         return
-    for copies in modG._exec_group.aux_arrays:  # as in a run that goes on, for which the first device's are kept
+    # a run that goes on has the first device's moving averages on all devices: the same here, so that both agree
+    for copies in modG._exec_group.aux_arrays:
         for moving_average in copies[1:]:
             moving_average[:] = copies[0]
     latents = fixed_latents(s.seed, coverage.num_images, s.Z)
@@ -447,7 +456,7 @@ class Stop(io.TextIOBase):
 
 
 class Run:
-    """Where the training stands, the rows of its log, and its folder (README, "What you see").
+    """Where the training stands, the rows of its log, and its folder (README, "The first minutes").
 
     `folder` is None in all workers of a cluster but the first; `about`: of a state, None where a run begins.
     """
@@ -550,21 +559,25 @@ def save(s, run, modules, mean, arrays):
         with whole_file(path) as file:
             np.savez(file, about=json.dumps(about, default=str), **arrays)
         run.saved = path
-        for net, mod, end in (('G', modules[0], ''), ('D', modules[1], ''), ('Gmean', mean.mod, '_average')):
-            if run.iteration or net == 'Gmean' and not s.average:
-                continue
-            path = run.params_path(net, run.epoch - 1)
-            with whole_file(path.with_name(path.name[:-len('0000.params')] + 'symbol.json')) as file:
-                file.write(mod.symbol.tojson().encode())
-            params = {f'arg:{name}': mx.nd.array(arrays[name + end]) for name in mod._param_names}
-            params.update({f'aux:{name}': mx.nd.array(arrays[name + end]) for name in mod._aux_names})
-            with whole_file(path) as file:
-                mx.nd.save(file.name, params)
-                mx.nd.load(file.name)  # MXNet does not notice every full disk
         for old in sorted(run.folder.glob('state-*-*.npz'))[:-2]:
             old.unlink()
+        if run.iteration == 0:
+            for net, mod, end in (('G', modules[0], ''), ('D', modules[1], ''), ('Gmean', mean.mod, '_average')):
+                path = run.params_path(net, run.epoch - 1)
+                if net != 'Gmean' or s.average:
+                    save_params(path, mod, {name: arrays[name + end] for name in mod._param_names + mod._aux_names})
     except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
         print(f'WARNING: {path} is not saved: {data.last_line(error)}; the run goes on')
+
+
+def save_params(path, mod, arrays):
+    """Write a network in MXNet's own format: its symbol, and {name: NumPy array} of parameters and moving averages."""
+    with whole_file(path.with_name(path.name[:-len('0000.params')] + 'symbol.json')) as file:
+        file.write(mod.symbol.tojson().encode())
+    kinds = {**dict.fromkeys(mod._param_names, 'arg'), **dict.fromkeys(mod._aux_names, 'aux')}
+    with whole_file(path) as file:
+        mx.nd.save(file.name, {f'{kinds[name]}:{name}': mx.nd.array(array) for name, array in arrays.items()})
+        mx.nd.load(file.name)  # MXNet does not notice every full disk
 
 
 def state_arrays(modules, mean):
@@ -580,9 +593,9 @@ def network_arrays(modules, mean):
 
 
 def new_folder(path):
-    """Make a folder of that name, or with a number after it, that has not been there, nor a picture of the name."""
-    for number in itertools.count(2):
-        folder = path if number == 2 else path.with_name(f'{path.name}_{number - 1}')
+    """Make a new folder of that name, or with a number after it where the folder, or a picture of its name, exists."""
+    for end in itertools.chain([''], (f'_{number}' for number in itertools.count(2))):
+        folder = path.with_name(path.name + end)
         with contextlib.suppress(FileExistsError):
             if not folder.with_name(f'{folder.name}.png').exists():
                 folder.mkdir(parents=True)
@@ -633,7 +646,7 @@ def find_state(path, rename=False):
 
 def read_params(path):
     """What `find_state` returns, of an epoch's .params of G and D, or of the mean of G. Mean and Adam begin anew."""
-    dataset, net, stamp, epoch = re.fullmatch('(.*?)_(Gmean|G|D)_(.*)-([0-9]+).params', path.name).groups()
+    dataset, net, stamp, epoch = re.fullmatch(r'(.*?)_(Gmean|G|D)_(.*)-([0-9]+)\.params', path.name).groups()
     arrays = {}
     for other in ['Gmean'] if net == 'Gmean' else ['G', 'D']:
         file = path.with_name(f'{dataset}_{other}_{stamp}-{epoch}.params')
@@ -727,12 +740,13 @@ def make_samples(s):
         folder = new_folder(pathlib.Path(s.out, called))
     mosaic = []
     classes = np.resize(chosen, s.sample) if chosen else None
-    for images, _ in generate(modG, fixed_latents(s.seed, s.sample, Z), classes):
-        for image in images:
-            visual.save(folder / f'{len(mosaic):05d}.png', visual.tile(image[None]))
+    batches = generate(modG, fixed_latents(s.seed, s.sample, Z), classes)
+    for number, image in enumerate(image for images, _ in batches for image in images):
+        visual.save(folder / f'{number:05d}.png', visual.tile(image[None]))
+        if number < 256:
             mosaic.append(image)
     columns = visual.columns_for(len(chosen)) if chosen else None
-    visual.save(f'{folder}.png', visual.tile(np.stack(mosaic[:256]), columns))
+    visual.save(f'{folder}.png', visual.tile(np.stack(mosaic), columns))
     # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
     rows, steps = 6, 10
     points = fixed_latents(s.seed, rows + 1, Z)
@@ -761,7 +775,7 @@ def join(s):
                         ('NUM_WORKER', '[0-9]+'), ('NUM_SERVER', '[0-9]+')):
         value = os.environ.get(f'DMLC_{name}', '')
         if not re.fullmatch(right, value):
-            raise ValueError(f'DMLC_{name}={value!r}: has to be {right} (README, "Several machines")')
+            raise ValueError(f'DMLC_{name}={value!r}: has to be {right} (README)')
     os.environ.pop('PORT', None)  # of a container: each process would take it for its own, and so the scheduler's
     if data.ROLE != 'worker':
         for signum in Stop.SIGNALS:  # launchers send them to all; the workers decide
@@ -809,7 +823,7 @@ def run_training(s, stop, stack):
     try:
         about, arrays = find_state(start, rename=bool(folder)) if s.resume else (None, None)
     except (ValueError, OSError):
-        check_same(kv, os.getpid())  # the other workers wait at their next one
+        check_same(kv, 'no state')  # the other workers wait at their next one
         raise
     print('settings:', *(f'{name}={value!r}' for name, value in vars(s).items()))
     print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')

@@ -274,7 +274,7 @@ def test_the_digits_asked_for(copied, monkeypatch, kind, digits, net, chosen):
     one_hot = np.eye(len(SETS[kind][0]), dtype=np.float32)[asked[0]]
     images = forward(load(s, net.replace('D', 'G') or 'Gmean', 1, 5),
                      np.concatenate([dcgan.fixed_latents(s.seed, 5, s.Z), one_hot], axis=1))
-    expected = visual.tile(images, min(len(chosen), 16))
+    expected = visual.tile(images, visual.columns_for(len(chosen)))
     assert np.abs(cv2.imread(sample).astype(int) - expected).max() <= 1
 
 
