@@ -559,13 +559,13 @@ def save(s, run, modules, mean, arrays):
         with whole_file(path) as file:
             np.savez(file, about=json.dumps(about, default=str), **arrays)
         run.saved = path
-        for old in sorted(run.folder.glob('state-*-*.npz'))[:-2]:
-            old.unlink()
         if run.iteration == 0:
             for net, mod, end in (('G', modules[0], ''), ('D', modules[1], ''), ('Gmean', mean.mod, '_average')):
                 path = run.params_path(net, run.epoch - 1)
                 if net != 'Gmean' or s.average:
                     save_params(path, mod, {name: arrays[name + end] for name in mod._param_names + mod._aux_names})
+        for old in sorted(run.folder.glob('state-*-*.npz'))[:-2]:
+            old.unlink()
     except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
         print(f'WARNING: {path} is not saved: {data.last_line(error)}; the run goes on')
 
