@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import sys
+import tempfile
 import time
 import unittest.mock
 import warnings
@@ -269,7 +270,7 @@ class PixelIter(mx.io.NDArrayIter):
     def __init__(self, X, y, batch_size, nc=1, ctx=None, conditional=False, rank=0, workers=1):
         share = len(X) // workers
         if batch_size > share:
-            raise ValueError(f'batch_size = {batch_size}: larger than the data, {share} images a worker')
+            raise ValueError(f'batch_size = {batch_size}: larger than the data, {share} images for this worker')
         labels, classes = np.unique(y, return_inverse=True)
         self.class_names, self.classes = [str(label) for label in labels], classes.astype(np.int32)
         X, mine = np.ascontiguousarray(X), slice(rank * share, (rank + 1) * share)
@@ -344,7 +345,7 @@ class ImagenetIter(mx.io.DataIter):
         self.starts, labels = _check_rec(path)
         self.num_data = len(labels) // num_parts
         if self.num_data < batch_size:
-            raise ValueError(f'{path}: has {self.num_data} pictures a worker, fewer than the batch of {batch_size}')
+            raise ValueError(f'{path}: has {self.num_data} pictures for this worker, fewer than batch_size = {batch_size}')
         self.part_index, self.checksum = part_index, zlib.crc32(labels, zlib.crc32(self.starts))
         self.labels, classes = np.unique(labels, return_inverse=True)
         self.classes = classes.astype(np.int32) if conditional else None
@@ -476,23 +477,26 @@ def _small_jpeg(path):
 
 def _write_records(file, paths, labels):
     """Write the pictures that can be read as RecordIO, in a random order; returns how many, and names the others."""
-    said, num_skipped = time.monotonic(), 0
-    order = np.random.RandomState(1234).permutation(len(paths))
-    with ThreadPoolExecutor(joblib.cpu_count()) as pool, \
-            contextlib.closing(pool.map(_small_jpeg, [paths[i] for i in order])) as jpegs:  # after Ctrl-C no more begin
-        for done, (i, jpeg) in enumerate(zip(order, jpegs)):
+    said, kept = time.monotonic(), []
+    with tempfile.TemporaryFile(dir=os.path.dirname(file.name)) as unsorted, \
+            ThreadPoolExecutor(joblib.cpu_count()) as pool, \
+            contextlib.closing(pool.map(_small_jpeg, paths)) as jpegs:  # after Ctrl-C no more begin
+        for done, (path, label, jpeg) in enumerate(zip(paths, labels, jpegs)):
             if time.monotonic() - said > 3:
                 said = time.monotonic()
                 print(f'... {done} of {len(paths)}', flush=True)
             if jpeg:
-                record = mx.recordio.pack(mx.recordio.IRHeader(0, labels[i], 0, 0), jpeg)
-                file.write(MAGIC + struct.pack('<I', len(record)) + record + bytes(-len(record) % 4))
-                continue
-            num_skipped += 1
-            if num_skipped <= 10:
-                print(f'skipped, no picture that OpenCV can read: {paths[i]}', flush=True)
-    print(f'{len(paths) - num_skipped} pictures packed, {num_skipped} files skipped', flush=True)
-    return len(paths) - num_skipped
+                kept.append((label, unsorted.tell(), len(jpeg)))
+                unsorted.write(jpeg)
+            elif done - len(kept) < 10:
+                print(f'skipped, damaged or no picture that OpenCV can read: {path}', flush=True)
+        for i in np.random.RandomState(1234).permutation(len(kept)):  # of the pictures alone, whatever else is there
+            label, start, length = kept[i]
+            unsorted.seek(start)
+            record = mx.recordio.pack(mx.recordio.IRHeader(0, label, 0, 0), unsorted.read(length))
+            file.write(MAGIC + struct.pack('<I', len(record)) + record + bytes(-len(record) % 4))
+    print(f'{len(kept)} pictures packed, {len(paths) - len(kept)} files skipped', flush=True)
+    return len(kept)
 
 
 def _pack(folder, out, workers):

@@ -825,6 +825,8 @@ def run_training(s, stop, stack):
     except (ValueError, OSError):
         check_same(kv, 'no state')  # the other workers wait at their next one
         raise
+    if about and not start.is_dir() and about['epoch'] >= s.epochs:
+        raise ValueError(f'epochs = {s.epochs}: {about["epoch"]} are done in {about["path"]}; set more')
     print('settings:', *(f'{name}={value!r}' for name, value in vars(s).items()))
     print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
     s.dataset, train_iter, labelled = data.load_data(s, kv.rank, kv.num_workers)

@@ -230,7 +230,7 @@ def test_nothing_to_read(tmp_path):
     refused(lambda: load(folder), folder, 'no picture')
     assert not packed(folder)
     write_folder(folder, {'b.jpg': plain(COLOURS[0])})
-    refused(lambda: load(folder), 'has 1 pictures', 'batch of 2')
+    refused(lambda: load(folder), 'batch_size = 2', '1 pictures')
 
 
 def exif(jpeg, orientation):
@@ -390,7 +390,7 @@ def test_workers(photos):
     shares = [load(photos, rank, 4, batch_size=3) for rank in range(4)]
     assert {share.num_data for share in shares} == {3} and len({share.checksum for share in shares}) == 1
     assert len(set(sum((colours(epoch(share)[0]) for share in shares), []))) == 12
-    refused(lambda: load(photos, 0, 4, batch_size=4), 'has 3 pictures a worker', 'batch of 4')
+    refused(lambda: load(photos, 0, 4, batch_size=4), 'batch_size = 4', '3 pictures')
 
 
 def test_classes_by_sub_folders(tmp_path, capsys):
@@ -508,3 +508,11 @@ def test_a_run_on_pictures(tiny, tmp_path, capsys, changes):
     write_folder(folder, {'4/more.png': plain(COLOURS[4])})
     with pytest.raises(SystemExit, match='trained with other data'):
         dcgan.train(dcgan.Settings(**{**again, 'epochs': 4}))
+
+
+def test_a_file_that_is_no_picture_changes_nothing(photos):
+    """A run goes on with the same pictures in the same order."""
+    before = load(photos)
+    (photos / 'Thumbs.db').write_bytes(b'no picture')
+    after = load(photos)
+    assert after.path != before.path and after.checksum == before.checksum
