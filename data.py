@@ -241,8 +241,8 @@ def _from_openml():
     try:
         return joblib.Memory(get_data_home(), compress=True, verbose=0).cache(_fetch_mnist)()
     except Exception as error:  # network, HTTP, checksum, ARFF, disk: whatever it was, there is no MNIST
-        raise OSError(f'MNIST cannot be had from OpenML ({last_line(error)}); set mnist_path to a folder with its IDX '
-                      'files, or export SCIKIT_LEARN_DATA=a folder that can be written') from None
+        raise OSError(f'MNIST cannot be had from OpenML ({last_line(error)}); set mnist_path to a folder with its four '
+                      'IDX files, or SCIKIT_LEARN_DATA to a folder that can be written') from None
 
 
 def _fetch_mnist():
@@ -345,7 +345,7 @@ class ImagenetIter(mx.io.DataIter):
         self.starts, labels = _check_rec(path)
         self.num_data = len(labels) // num_parts
         if self.num_data < batch_size:
-            raise ValueError(f'{path}: has {self.num_data} pictures for this worker, fewer than batch_size = {batch_size}')
+            raise ValueError(f'{path}: has {self.num_data} pictures a worker, fewer than the batch of {batch_size}')
         self.part_index, self.checksum = part_index, zlib.crc32(labels, zlib.crc32(self.starts))
         self.labels, classes = np.unique(labels, return_inverse=True)
         self.classes = classes.astype(np.int32) if conditional else None
@@ -591,9 +591,14 @@ class Coverage:
         self.num_images = max(1000, min(5000, len(X) // 2))
         passes = min(66, max(3, 720_000 // len(X)))  # 12 over MNIST
         classifier = MLPClassifier((256,), batch_size=min(128, len(X)), max_iter=passes, random_state=0)
+        print('a classifier learns the real images, to judge the generated ones; up to a minute ...', flush=True)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that it could go on learning
-            self.classifier = classifier.fit(_features(_scaled(X))[0], y)
+            warnings.filterwarnings('error', 'Training interrupted')  # scikit-learn would swallow a Ctrl-C
+            try:
+                self.classifier = classifier.fit(_features(_scaled(X))[0], y)
+            except UserWarning:
+                raise KeyboardInterrupt from None
         row, self.real = self.look(_scaled(X[:2 * self.num_images:2]))
         self.real_median, self.floor = row['median'], None
         if len(X) >= 2000:

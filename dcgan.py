@@ -438,7 +438,7 @@ class Stop(io.TextIOBase):
         """Handle a signal: the first asks, a second one ends the process at once."""
         if self.signum in (0, signal.SIGPIPE):  # a pipe's reader may have got the same Ctrl-C
             self.signum, self.asked_at = signum, time.monotonic()
-            self.write('stopping at the next line; once more: at once\n')
+            self.write('stopping at the next line; once more: at once, without saving\n')
         elif time.monotonic() - self.asked_at > 0.5:  # `timeout` sends each signal twice
             os._exit(128 + signum)
 
@@ -683,6 +683,8 @@ def restore(s, workers, checksum, modules, mean, about, arrays):
     mean.count = about['average_count']
     if 'settings' not in about:
         print(f"a new run begins with {about['path']}: Adam's moments and step count begin at zero")
+    else:
+        print(f'going on from {about["path"]}: epoch {about["epoch"]}, iteration {about["iteration"]}')
 
 
 # ---------------------------------------------------------------- sampling
@@ -838,16 +840,16 @@ def run_training(s, stop, stack):
     mean = MeanG(s, modules[0])
     if about:
         restore(s, kv.num_workers, train_iter.checksum, modules, mean, about, arrays)
+    coverage = data.Coverage(*labelled) if s.coverage and labelled and not kv.rank else None
     if not folder and not kv.rank:
         folder = new_folder(pathlib.Path(s.out, f'{s.dataset}_{time.strftime("%Y_%m_%d-%H_%M")}'))
         lock(folder, stack)
     run = Run(s, folder, train_iter, kv, stop, about)
     for title, mod in zip('GD', modules):
         print_network(s, title, mod, folder)
-    coverage = data.Coverage(*labelled) if s.coverage and labelled and folder else None
     print(f'data: {s.dataset}, {run.num_batches} iterations an epoch; run: {folder}')
     if coverage and coverage.floor:
-        print(f'FD: the Fréchet distance from real images; real ones have {coverage.floor:.2f}')
+        print(f'FD: the Fréchet distance from real images; other real ones have {coverage.floor:.2f}')
     print('metric: facc, fentropy of G, of D; then images/s, and the time left')
     for signum in Stop.SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it

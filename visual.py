@@ -94,7 +94,8 @@ def show_picture(title, picture, out='out', display=True):
         warn_once('write', f'WARNING: no picture can be written or shown ({error}); the run goes on')
         return
     if display and (_viewers[out] is None or _viewers[out].poll() not in (None, 0, QUIT)):
-        warn_once('window', f'no window can be shown here (why: python visual.py {out}); the pictures are in {out}')
+        why = f'{sys.executable} {__file__} {out}'
+        warn_once('window', f'no window can be shown here (why: {why}); the pictures are in {out}')
 
 
 def save(path, picture):
@@ -280,4 +281,7 @@ def _place(title, picture):
 
 
 if __name__ == '__main__':
-    _view(sys.argv[1])
+    try:
+        _view(sys.argv[1])
+    except cv2.error:
+        sys.exit('this OpenCV has no windows; how to exchange it is in the README, Troubleshooting')

@@ -165,3 +165,16 @@ def test_what_is_compared_and_in_how_much_memory():
     reals, others = (normal(scaled(X[half::2])) for half in (0, 1))
     assert np.isclose(row['fd'], data.frechet_distance(reals, normal(fakes)), rtol=1e-4)
     assert np.isclose(coverage.floor, data.frechet_distance(reals, others), rtol=1e-4)
+
+
+def test_ctrl_c_while_the_classifier_learns(monkeypatch):
+    """scikit-learn ends the fit with a warning alone: a half-learned classifier would judge the whole run."""
+    from sklearn.neural_network import MLPClassifier
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MLPClassifier, '_backprop', interrupted)
+    X, _, y, _ = data.get_digits(labels=True)
+    with pytest.raises(KeyboardInterrupt):
+        data.Coverage(X, y, list('0123456789'))

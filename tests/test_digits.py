@@ -89,7 +89,7 @@ def test_the_lines_and_the_columns_of_an_epoch(run, kind):
             r'KL: \d+\.\d{3}' + r', FD: \d+\.\d\d' * fd + '$')
     assert re.findall(line, out, re.M) == ['0', '1']
     assert len(re.findall(r'^epoch: \d digits as asked: \d+\.\d %, worst: \d+\.\d %$', out, re.M)) == 2 * s.conditional
-    assert len(re.findall(r'^FD: the Fréchet distance from real images; real ones have \d', out, re.M)) == fd
+    assert len(re.findall(r'^FD: the Fréchet distance from real images; other real ones have \d', out, re.M)) == fd
     measures = ['confidence', 'fd', 'median', 'asked', 'asked_worst']
     found = rows(s.out)
     assert list(found[0]) == ['epoch', 'iteration', 'seconds', 'facc', 'fentropy_G', 'fentropy_D', 'images_per_second',

@@ -230,7 +230,7 @@ def test_nothing_to_read(tmp_path):
     refused(lambda: load(folder), folder, 'no picture')
     assert not packed(folder)
     write_folder(folder, {'b.jpg': plain(COLOURS[0])})
-    refused(lambda: load(folder), 'batch_size = 2', '1 pictures')
+    refused(lambda: load(folder), 'batch of 2', '1 pictures')
 
 
 def exif(jpeg, orientation):
@@ -390,7 +390,7 @@ def test_workers(photos):
     shares = [load(photos, rank, 4, batch_size=3) for rank in range(4)]
     assert {share.num_data for share in shares} == {3} and len({share.checksum for share in shares}) == 1
     assert len(set(sum((colours(epoch(share)[0]) for share in shares), []))) == 12
-    refused(lambda: load(photos, 0, 4, batch_size=4), 'batch_size = 4', '3 pictures')
+    refused(lambda: load(photos, 0, 4, batch_size=4), 'the batch of 4', '3 pictures a worker')
 
 
 def test_classes_by_sub_folders(tmp_path, capsys):
