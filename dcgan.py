@@ -827,8 +827,6 @@ def run_training(s, stop, stack):
     except (ValueError, OSError):
         check_same(kv, 'no state')  # the other workers wait at their next one
         raise
-    if about and not start.is_dir() and about['epoch'] >= s.epochs:
-        raise ValueError(f'epochs = {s.epochs}: {about["epoch"]} are done in {about["path"]}; set more')
     print('settings:', *(f'{name}={value!r}' for name, value in vars(s).items()))
     print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
     s.dataset, train_iter, labelled = data.load_data(s, kv.rank, kv.num_workers)
@@ -840,6 +838,8 @@ def run_training(s, stop, stack):
     mean = MeanG(s, modules[0])
     if about:
         restore(s, kv.num_workers, train_iter.checksum, modules, mean, about, arrays)
+        if about['epoch'] >= s.epochs and not start.is_dir():
+            raise ValueError(f'epochs = {s.epochs}: {about["epoch"]} are done in {about["path"]}; set more')
     coverage = data.Coverage(*labelled) if s.coverage and labelled and not kv.rank else None
     if not folder and not kv.rank:
         folder = new_folder(pathlib.Path(s.out, f'{s.dataset}_{time.strftime("%Y_%m_%d-%H_%M")}'))

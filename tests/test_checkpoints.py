@@ -367,6 +367,9 @@ def test_params_that_begin_no_run(copy):
     os.remove(path)
     assert 'sample only' in ended(replace(copy, resume=path.replace('_D_', '_G_')))
     assert names(newest(copy.out), '*.damaged') == []
+    folders = os.listdir(copy.out)
+    assert 'epochs = 3: 3 are done' in ended(replace(copy, resume=f'{newest(copy.out)}/state-0003-000000.npz'))
+    assert os.listdir(copy.out) == folders  # no new one for nothing
 
 
 @pytest.mark.parametrize('before, after', [(2, 1), (1, 2)])
