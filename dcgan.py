@@ -615,6 +615,16 @@ def lock(folder, stack):
         print(f'WARNING: {folder} cannot be locked ({error}): let no other run use it')
 
 
+def start_path(s):
+    """What `resume` names; with 'latest' it is the run in `out` that saved last. Raises ValueError where none did."""
+    if s.resume != 'latest':
+        return pathlib.Path(s.resume)
+    states = list(pathlib.Path(s.out).glob('*/state-*-*.npz'))
+    if not states:
+        raise ValueError(f"resume = 'latest': no run in {s.out} has a state to go on from")
+    return max(states, key=os.path.getmtime).parent
+
+
 def find_state(path, rename=False):
     """The newest state in a run's folder that can be read, or what is in a file: a state, or an epoch's .params.
 
@@ -714,7 +724,7 @@ def make_samples(s):
     """Write a mosaic, single images, and a walk between latent points, under names that are not there yet."""
     size = min(s.sample, s.batch_size)
     data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1], batch_size=size))
-    about, arrays = find_state(s.resume)
+    about, arrays = find_state(start_path(s))
     path, class_names = about['path'], about['class_names']
     if 'g1_weight' not in arrays:
         raise ValueError(f'{path}: has no G')
@@ -818,12 +828,14 @@ def run_training(s, stop, stack):
     data.check_devices(s)
     if kv.rank:  # the first worker prints, shows and saves
         stack.enter_context(contextlib.redirect_stdout(None))
-    start = pathlib.Path(s.resume)
-    folder = start if s.resume and start.is_dir() and not kv.rank else None
-    if folder:
-        lock(folder, stack)
+    folder = about = arrays = None
     try:
-        about, arrays = find_state(start, rename=bool(folder)) if s.resume else (None, None)
+        if s.resume:
+            start = start_path(s)
+            if start.is_dir() and not kv.rank:
+                folder = start
+                lock(folder, stack)
+            about, arrays = find_state(start, rename=bool(folder))
     except (ValueError, OSError):
         check_same(kv, 'no state')  # the other workers wait at their next one
         raise
@@ -887,11 +899,6 @@ def train(settings):
             stack.callback(visual.close)
             stack.enter_context(contextlib.redirect_stdout(stop))
             check(s)
-            if s.resume == 'latest':
-                states = list(pathlib.Path(s.out).glob('*/state-*-*.npz'))
-                if not states:
-                    raise ValueError(f"resume = 'latest': no run in {s.out} has a state to go on from")
-                s.resume = str(max(states, key=os.path.getmtime).parent)
             if s.sample:
                 make_samples(s)
             else:
