@@ -412,6 +412,8 @@ def _check_rec(path):
                 flag, label, first = struct.unpack('<If16xf', content[start:start + 28].ljust(28, b'\0'))
                 labels.append(first if flag else label)
                 picture = start + 24 + 4 * flag
+            if not starts:  # a part without its beginning
+                break
             if kind == 0 and ENDS.get(content[picture:picture + 2]) == content[end - 2:end]:
                 continue
             if kind in (0, 3) and end <= len(content) and _picture_of(content[starts[-1]:end]) is None:

@@ -431,6 +431,7 @@ LAST = len(SMALL_REC) * 7 // 8
     'trailing bytes': SMALL_REC + b'more',
     'trailing zeros': SMALL_REC + bytes(64),
     'ends after the first of several parts': SMALL_REC + MAGIC + struct.pack('<I', 1 << 29 | 40) + SMALL[:40],
+    'a part without its beginning': MAGIC + struct.pack('<I', 3 << 29 | 40) + SMALL[:40] + SMALL_REC,
     'fewer than a batch': SMALL_REC[:LAST // 7 * 3]})
 def test_damaged_rec(tmp_path, content):
     path = tmp_path / 'train.rec'
