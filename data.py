@@ -4,6 +4,7 @@ This module prepares MXNet and is the first to import it. The training set stays
 `PixelIter` turns it into float32, batch by batch, on the device.
 """
 import ctypes
+import functools
 import glob
 import gzip
 import math
@@ -16,9 +17,6 @@ import threading
 import unittest.mock
 import warnings
 import zlib
-
-SIZE = 64  # pixels: what the networks in dcgan.py make and take
-CLASSES = 10
 
 # ---------------------------------------------------------------- preparing MXNet, before it is imported
 
@@ -114,18 +112,24 @@ def check_devices(s):
 # ---------------------------------------------------------------- MNIST and digits
 
 def get_mnist(path='', labels=False):
-    """MNIST in the one order that every run uses: all images, training then test, permuted by RandomState(1234).
+    """A set in MNIST's format in the one order that every run uses: training then test images, permuted by
+    RandomState(1234), so that either part has images of both. Images are stretched to 64x64, EMNIST's are transposed.
 
-    `path` is a folder with the four IDX files, gzip-compressed or not; empty: OpenML, fetched once and then kept.
-    Returns `X_train, X_test`, uint8 (60000, 1, 64, 64) and (10000, 1, 64, 64), 0..255; with `labels` also `y_train,
-    y_test`, uint8 (60000,) and (10000,), 0..9.
+    `path` is a folder with the set's four IDX files, gzip-compressed or not, or, as `.../emnist-letters`, a folder and
+    what the names begin with; empty: MNIST from OpenML, fetched once and then kept.
+    Returns `X_train, X_test`, uint8 (n, 1, 64, 64), 0..255; with `labels` also `y_train, y_test`, uint8 (n,); MNIST has
+    60,000 and 10,000.
     Raises ValueError where a file is not what it should be, OSError where one is missing or OpenML cannot be had.
     """
     if not path:
         X, y = _from_openml()
         return _prepare(X, y, len(X) * 6 // 7, labels)  # 60,000 of 70,000
-    (X_train, y_train), (X_test, y_test) = _read_part(path, 'train'), _read_part(path, 't10k')
-    return _prepare(np.concatenate([X_train, X_test]), np.concatenate([y_train, y_test]), len(X_train), labels)
+    prefix = _find_set(path)
+    (X_train, y_train), (X_test, y_test) = _read_part(prefix, 'train'), _read_part(prefix, 't10k', 'test')
+    X = [*X_train, *X_test]
+    if os.path.basename(prefix).startswith('emnist'):
+        X = [image.T for image in X]
+    return _prepare(X, np.concatenate([y_train, y_test]), len(X_train), labels)
 
 
 def get_digits(labels=False):
@@ -138,37 +142,47 @@ def get_digits(labels=False):
 def _prepare(X, y, num_train, labels):
     """Permute, resize to 64x64, split."""
     order = np.random.RandomState(1234).permutation(len(X))
-    images = np.empty((len(X), 1, SIZE, SIZE), np.uint8)
+    images = np.empty((len(X), 1, 64, 64), np.uint8)
     for image, i in zip(images, order):
-        cv2.resize(X[i], (SIZE, SIZE), dst=image[0])
+        averaging = cv2.INTER_AREA if max(X[i].shape) > 64 else cv2.INTER_LINEAR
+        cv2.resize(X[i], (64, 64), dst=image[0], interpolation=averaging)
     y = y[order].astype(np.uint8)
     splits = images[:num_train], images[num_train:], y[:num_train], y[num_train:]
     return splits if labels else splits[:2]
 
 
-def _read_part(folder, part):
-    """Images (n, 28, 28) and labels (n,) of one part, 'train' or 't10k', uint8."""
+def _find_set(path):
+    """The folder and what the names of a set's four files begin with, nothing for MNIST's own names."""
+    prefix = os.path.join(path, '') if os.path.isdir(path) else path
+    names = glob.glob(glob.escape(prefix) + '*train-images[-.]idx3-ubyte*')
+    sets = sorted({name[:name.rindex('train-images')] for name in names})
+    if prefix in sets:
+        return prefix
+    if len(sets) > 1:
+        raise ValueError(f'{path}: has {len(sets)} sets; set mnist_path to one of them: '
+                         + ', '.join(name.rstrip('-') for name in sets))
+    return sets[0] if sets else os.path.join(path, '')
+
+
+def _read_part(prefix, *parts):
+    """Images (n, height, width) and labels (n,) of a set's training or test part, uint8; `parts`: what it is called."""
     arrays = []
-    for what, image_shape in (('images', (28, 28)), ('labels', ())):
-        names = [f'{part}-{what}{dot}idx{1 + len(image_shape)}-ubyte' for dot in '-.']
-        paths = [os.path.join(folder, name + gz) for name in names for gz in ('', '.gz')]
+    for what, ndim in ('images', 3), ('labels', 1):
+        paths = [f'{prefix}{part}-{what}{dot}idx{ndim}-ubyte{gz}' for part in parts for dot in '-.' for gz in ('', '.gz')]
         path = next(filter(os.path.isfile, paths), None)
         if not path:
-            raise FileNotFoundError(f'{paths[0]}[.gz]: no such file; mnist_path must name the folder with '
-                                    "MNIST's four IDX files")
-        arrays.append((path, _read_idx(path, what, image_shape)))
-    (_, images), (path, labels) = arrays
+            raise FileNotFoundError(f"{paths[0]}[.gz]: no such file; mnist_path must name the folder with the set's "
+                                    'four IDX files, or the folder and what their names begin with')
+        arrays.append(_read_idx(path, what, ndim))
+    images, labels = arrays
     if len(labels) != len(images):
         raise ValueError(f'{path}: {len(labels)} labels for {len(images)} images; take both files from one download')
-    if labels.max() >= CLASSES:
-        raise ValueError(f'{path}: has label {labels.max()}, but MNIST has 0 to 9; fetch the file again')
     return images, labels
 
 
-def _read_idx(path, what, image_shape):
-    """One IDX file (format: LeCun's MNIST page, "FILE FORMATS"), gzipped or not, as uint8 (n,) + image_shape."""
-    magic = 0x800 + 1 + len(image_shape)
-    header = struct.Struct(f'>{2 + len(image_shape)}I')
+def _read_idx(path, what, ndim):
+    """One IDX file (format: LeCun's MNIST page, "FILE FORMATS"), gzipped or not, as uint8 of `ndim` dimensions."""
+    header = struct.Struct(f'>{1 + ndim}I')
     with open(path, 'rb') as file:
         content = file.read()
     kind = 'gzip file' if content[:2] == b'\x1f\x8b' else 'file'
@@ -177,20 +191,20 @@ def _read_idx(path, what, image_shape):
             content = gzip.decompress(content)
         if len(content) < header.size:
             raise ValueError('empty, or cut short in its header')
-        found, count, *shape = header.unpack_from(content)
-        if found != magic:
-            raise ValueError(f'no IDX file of {what}: its magic number is {found:#x}, not {magic:#x}')
-        if tuple(shape) != image_shape:
-            raise ValueError(f'its images have {shape[0]}x{shape[1]} pixels, not 28x28')
-        if count == 0 or len(content) != header.size + count * math.prod(image_shape):
-            raise ValueError(f'cut short, or has bytes left over: its header promises {count} {what}')
+        magic, *shape = header.unpack_from(content)
+        if magic != 0x800 + ndim:
+            raise ValueError(f'no IDX file of {what}: its magic number is {magic:#x}, not {0x800 + ndim:#x}')
+        if not all(1 <= side <= 1024 for side in shape[1:]):
+            raise ValueError(f'its images have {shape[1]}x{shape[2]} pixels, more than 1024x1024 or none')
+        if shape[0] == 0 or len(content) != header.size + math.prod(shape):
+            raise ValueError(f'cut short, or has bytes left over: its header promises {shape[0]} {what}')
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f'{path}: wrong or damaged {kind} ({error}); fetch it again') from None
-    return np.frombuffer(content, np.uint8, offset=header.size).reshape((count,) + image_shape)
+    return np.frombuffer(content, np.uint8, offset=header.size).reshape(shape)
 
 
 def _from_openml():
-    """MNIST from OpenML through scikit-learn: parsed once (18 s, 0.8 GB), then kept as an .npz in its data home."""
+    """MNIST from scikit-learn's cache or from OpenML: parsed once (18 s, 0.8 GB), then kept as an .npz beside it."""
     from sklearn.datasets import fetch_openml, get_data_home
     try:
         home = get_data_home()
@@ -208,7 +222,8 @@ def _from_openml():
             raise ValueError('not MNIST')
         except Exception as error:  # zipfile and NumPy have a dozen kinds for a flipped bit
             print(f'{cache} is damaged ({error}); fetching MNIST again', flush=True)
-    print('fetching MNIST from OpenML (15 MB, then half a minute to parse; only this once) ...', flush=True)
+    print("reading MNIST from scikit-learn's cache or OpenML (15 MB, half a minute to parse; only this once) ...",
+          flush=True)
     done = threading.Event()
     threading.Thread(target=_tick, args=(done,), daemon=True).start()
     timeout = socket.getdefaulttimeout()
@@ -217,7 +232,12 @@ def _from_openml():
         with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=home) as scratch:
             warnings.simplefilter('ignore')
             warnings.filterwarnings('error', '.*(Retrying|redownloading)')  # what it warns of would take another 30 s
-            bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', data_home=scratch)
+            fetch = functools.partial(fetch_openml, 'mnist_784', version=1, as_frame=False, parser='liac-arff')
+            try:  # a person may have fetched it with scikit-learn; what is missing or damaged there stays so
+                with unittest.mock.patch('sklearn.datasets._openml.urlopen', side_effect=OSError):
+                    bunch = fetch(data_home=None)
+            except Exception:
+                bunch = fetch(data_home=scratch)
         X, y = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
     except Exception as error:  # network, HTTP, checksum, ARFF: whatever it was, there is no MNIST
         while isinstance(error, Warning):
@@ -246,59 +266,72 @@ def _tick(done):
 
 # ---------------------------------------------------------------- iterators, and the one that the settings ask for
 
-def one_hot_maps(digits, size):
-    """(batch,) digits 0..9 -> (batch, 10, size, size) float32: ones in the digit's map, zeros in the others."""
-    return mx.nd.one_hot(digits, CLASSES).reshape((0, 0, 1, 1)).broadcast_axes(axis=(2, 3), size=(size, size))
-
-
 class PixelIter(mx.io.NDArrayIter):
     """Batches of float32 images in [-1, 1] out of uint8 pixels; the conversion runs on the training device.
 
-    `X` is uint8 (n, 1, 64, 64), shared, not copied (NumPy's side of it becomes read-only), `y` (n,) its digits; `nc`:
-    channels to repeat the grey one to; `ctx`: where the batches are wanted; `conditional`: append `one_hot_maps`.
-    Yields mx.io.DataBatch with data [(batch, nc (+ 10), 64, 64) float32] and label [(batch,) float32 digits]. Every
-    epoch has the same batches in the same order; the last one is filled up from the start (`pad`).
+    `X` is uint8 (n, 1, 64, 64), shared, not copied (NumPy's side of it becomes read-only), `y` (n,) its labels; `nc`:
+    channels to repeat the grey one to; `ctx`: where the batches are wanted; `conditional`: give D the classes, too;
+    `rank`, `workers`: the batches are of this worker's share.
+    `class_names`: the sorted labels as text; `classes`: int32 (n,), each image's position among them; `num_data`: images
+    in the share; `checksum`: of all pixels and labels.
+    Yields mx.io.DataBatch with data [(batch, nc, 64, 64) float32], with `conditional` also (batch,) float32 classes, and
+    with these as its label. Every epoch has the same batches in the same order; the last one is filled up from the start
+    (`pad`). Raises ValueError where the share is smaller than a batch.
     """
 
-    def __init__(self, X, y, batch_size, nc=1, ctx=None, conditional=False):
-        super().__init__(mx.nd.from_numpy(np.ascontiguousarray(X)), mx.nd.array(y), batch_size, label_name='label')
+    def __init__(self, X, y, batch_size, nc=1, ctx=None, conditional=False, rank=0, workers=1):
+        share = len(X) // workers
+        if batch_size > share:
+            raise ValueError(f'batch_size = {batch_size}: larger than the data, {share} images a worker')
+        labels, classes = np.unique(y, return_inverse=True)
+        self.class_names, self.classes = [str(label) for label in labels], classes.astype(np.int32)
+        X, mine = np.ascontiguousarray(X), slice(rank * share, (rank + 1) * share)
+        self.checksum = zlib.crc32(np.ascontiguousarray(y), zlib.crc32(X))
+        super().__init__(mx.nd.from_numpy(X[mine]), mx.nd.array(self.classes[mine]), batch_size, label_name='digit')
         self.nc, self.conditional = nc, conditional
         # each of the 256 pixel values as the float that NumPy makes of it, to the last bit
         self.levels = mx.nd.array(np.arange(256, dtype=np.float32) / (255.0 / 2) - 1.0, ctx or mx.cpu())
 
     @property
     def provide_data(self):
-        shape = self.batch_size, self.nc + CLASSES * self.conditional, SIZE, SIZE
-        return [mx.io.DataDesc('data', shape, np.float32)]
+        images = mx.io.DataDesc('data', (self.batch_size, self.nc, 64, 64), np.float32)
+        return [images, *self.provide_label] if self.conditional else [images]
+
+    def skip(self, num_batches):
+        """Go on as if so many batches had been made."""
+        self.cursor += num_batches * self.batch_size
 
     def getdata(self):
         pixels = super().getdata()[0].as_in_context(self.levels.context)  # the step's one copy to the device
         images = self.levels.take(pixels).broadcast_axes(axis=1, size=self.nc)
-        if self.conditional:
-            digits = self.getlabel()[0].as_in_context(images.context)
-            images = mx.nd.concat(images, one_hot_maps(digits, SIZE), dim=1)
-        return [images]
+        return [images, self.getlabel()[0].as_in_context(images.context)] if self.conditional else [images]
 
 
 class RandIter(mx.io.DataIter):
     """Latent batches, Normal(0, 1), without end; drawn on `ctx` and reproducible from `mx.random.seed`.
 
-    Yields mx.io.DataBatch with data [(batch_size, ndim, 1, 1) float32] and no label; with `conditional`, a digit
-    is drawn for each, uniformly, and appended one-hot: (batch_size, ndim + 10, 1, 1), label [(batch_size,) int32].
+    `classes`: (n,) class positions of real images; each latent's class is that of one of these, so that fakes have the
+    reals' shares, and is appended one-hot.
+    Yields mx.io.DataBatch with data [(batch_size, ndim, 1, 1) float32] and no label, and with `classes` data
+    [(batch_size, ndim + number of classes, 1, 1)] and label [(batch_size,) float32 class positions].
     """
 
-    def __init__(self, batch_size, ndim, ctx=None, conditional=False):
+    def __init__(self, batch_size, ndim, ctx=None, classes=None):
         super().__init__(batch_size)
-        self.ndim, self.ctx, self.conditional = ndim, ctx, conditional
-        self.provide_data = [mx.io.DataDesc('rand', (batch_size, ndim + CLASSES * conditional, 1, 1), np.float32)]
+        self.ndim, self.ctx = ndim, ctx
+        self.num_classes = 0 if classes is None else int(max(classes)) + 1
+        self.classes = mx.nd.array(classes, ctx) if self.num_classes else None
+        self.provide_data = [mx.io.DataDesc('rand', (batch_size, ndim + self.num_classes, 1, 1), np.float32)]
         self.provide_label = []
 
     def next(self):
         latent = mx.random.normal(0, 1.0, shape=(self.batch_size, self.ndim, 1, 1), ctx=self.ctx)
-        if not self.conditional:
+        if not self.num_classes:
             return mx.io.DataBatch([latent], [], pad=0)
-        digits = mx.nd.random.randint(0, CLASSES, shape=(self.batch_size,), ctx=latent.context)
-        return mx.io.DataBatch([mx.nd.concat(latent, one_hot_maps(digits, 1), dim=1)], [digits], pad=0)
+        images = mx.nd.random.randint(0, len(self.classes), shape=(self.batch_size,), ctx=self.ctx)
+        classes = self.classes.take(images)
+        one_hot = classes.one_hot(self.num_classes).reshape((0, 0, 1, 1))
+        return mx.io.DataBatch([mx.nd.concat(latent, one_hot, dim=1)], [classes], pad=0)
 
 
 class ImagenetIter(mx.io.DataIter):
@@ -369,11 +402,12 @@ def _check_rec(path, batch_size):
 def load_data(s, rank=0, workers=1):
     """The data that the settings `s` ask for.
 
-    Returns its name, the iterator over this worker's share, and, where the images are digits, all of them with their
-    labels for `Coverage`: (X, y), else None. Raises OSError and ValueError as `get_mnist` and `ImagenetIter` do.
+    Returns its name, the iterator over this worker's share, and, but for pictures, all images with their classes for
+    `Coverage`: (X, classes, class names), else None. Raises OSError and ValueError as `get_mnist`, `PixelIter` and
+    `ImagenetIter` do.
     """
     if s.dataset == 'imagenet':
-        return s.dataset, ImagenetIter(s.imgnet_path, s.batch_size, (3, SIZE, SIZE), s.ctx[0], workers, rank), None
+        return s.dataset, load_pictures(s, rank, workers), None
     name = s.dataset
     try:
         X, _, y, _ = get_digits(labels=True) if name == 'digits' else get_mnist(s.mnist_path, labels=True)
@@ -382,56 +416,100 @@ def load_data(s, rank=0, workers=1):
             raise
         print(f"WARNING: {error}. Training on scikit-learn's 8x8 digits instead", flush=True)
         name, (X, _, y, _) = 'digits', get_digits(labels=True)
-    share = len(X) // workers
-    if s.batch_size > share:
-        raise ValueError(f'batch_size = {s.batch_size}: larger than the data, {share} images a worker')
-    mine = slice(rank * share, (rank + 1) * share)
-    return name, PixelIter(X[mine], y[mine], s.batch_size, s.nc, s.ctx[0], s.conditional), (X, y)
+    train_iter = PixelIter(X, y, s.batch_size, s.nc, s.ctx[0], s.conditional, rank, workers)
+    return name, train_iter, (X, train_iter.classes, train_iter.class_names)
 
 
-# ---------------------------------------------------------------- which digits the generated images show
+# ---------------------------------------------------------------- how good the generated images are
 
 class Coverage:
-    """Which digits are among generated images, by a classifier of the real ones, which is fitted at its first use.
+    """Compares generated images with real ones, by a classifier of the real ones that is fitted at its first use.
 
-    `X` (n, 1, 64, 64) uint8 and `y` (n,) are the real training images and digits.
+    `X` (n, 1, 64, 64) uint8, `y` (n,) and `class_names` are the real training images, class positions and names.
+    `num_images`: how many images to generate; their Fréchet distance is that from as many real ones.
     """
 
-    def __init__(self, X, y):
-        self.X, self.y, self.classifier = X, y, None
+    def __init__(self, X, y, class_names):
+        self.X, self.y, self.class_names = X, y, class_names
+        self.num_images = max(1000, min(5000, len(X) // 2))
 
-    @staticmethod
-    def features(X):
-        """(n, nc, 64, 64) in 0..255 -> (n, 256) float32 in [-1, 1]: 16x16 pixels of the first channel."""
-        small = [cv2.resize(x[0], (16, 16), interpolation=cv2.INTER_AREA).ravel() for x in X]
-        return np.stack(small).astype(np.float32) / 127.5 - 1
+    @functools.cached_property
+    def classifier(self):
+        from sklearn.neural_network import MLPClassifier
+        passes = min(66, max(3, 720_000 // len(self.X)))  # 12 over MNIST
+        classifier = MLPClassifier((256,), batch_size=min(128, len(self.X)), max_iter=passes, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that it could go on learning
+            return classifier.fit(_features(_scaled(self.X))[0], self.y)
 
-    def classify(self, X):
-        """(n, nc, 64, 64) in 0..255 -> (n, 10) probabilities."""
-        if self.classifier is None:
-            from sklearn.neural_network import MLPClassifier
-            passes = max(12, 100_000 // len(self.X))
-            self.classifier = MLPClassifier((256,), batch_size=min(128, len(self.X)), max_iter=passes, random_state=0)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # that it could go on learning
-                self.classifier.fit(self.features(self.X), self.y)
-        return self.classifier.predict_proba(self.features(X))
-
-    def count(self, images, asked=None):
-        """Count the digits of images (n, nc, 64, 64) in [-1, 1]; `asked`: the digits that were asked for, (n,).
-
-        Returns {'share_0': ..., 'share_9': ..., 'digits': how many there are (at least 1 %), 'confidence': the
-        classifier's mean, 'kl': Kullback-Leibler divergence from the real shares in nats}, and where digits were asked
-        for, 'asked' and 'asked_worst': the share of these that were made, over all and of the worst digit.
-        """
+    def look(self, batches):
+        """`count`'s row but for 'fd'; the mean (256,) and covariance (256, 256) in the classifier's hidden layer."""
         from scipy.stats import entropy
-        probability = self.classify((images + 1) * 127.5)
-        digits = probability.argmax(axis=1)
-        shares = np.bincount(digits, minlength=CLASSES) / len(digits)
-        row = {f'share_{digit}': share for digit, share in enumerate(shares)}
-        row.update(digits=int((shares >= 0.01).sum()), confidence=probability.max(axis=1).mean(),
-                   kl=entropy(shares, np.bincount(self.y, minlength=CLASSES)))
+        features, asked, median = _features(batches)
+        hidden = np.maximum(features @ self.classifier.coefs_[0] + self.classifier.intercepts_[0], 0)
+        num_classes = len(self.class_names)
+        probability = self.classifier.predict_proba(features)[:, :num_classes]  # it makes two of a single class
+        classes = probability.argmax(axis=1)
+        shares, real = (np.bincount(labels, minlength=num_classes) / len(labels) for labels in (classes, self.y))
+        row = {f'share_{name}': share for name, share in zip(self.class_names, shares)}
+        row.update(digits=int((shares >= real / 10).sum()), confidence=probability.max(axis=1).mean(),
+                   kl=entropy(shares, real), median=median)
         if asked is not None:
-            right = digits == asked
-            row.update(asked=right.mean(), asked_worst=min(right[asked == digit].mean() for digit in np.unique(asked)))
-        return row
+            right = classes == asked
+            row.update(asked=right.mean(), asked_worst=min(right[asked == wanted].mean() for wanted in set(asked)))
+        return row, (hidden.mean(axis=0), np.cov(hidden, rowvar=False))
+
+    @functools.cached_property
+    def real(self):
+        return self.look(_scaled(self.X[:2 * self.num_images:2]))
+
+    @property
+    def real_median(self):
+        """The real images' median pixel, 0..255."""
+        return self.real[0]['median']
+
+    @functools.cached_property
+    def floor(self):
+        """The Fréchet distance of real images from real ones; None where each half has fewer than 1,000."""
+        if len(self.X) < 2000:
+            return None
+        return frechet_distance(self.real[1], self.look(_scaled(self.X[1:2 * self.num_images:2]))[1])
+
+    def count(self, batches):
+        """Judge generated images. `batches` yields (images, asked): images (k, nc, 64, 64) float in [-1, 1], and (k,)
+        class positions that were asked for, or None.
+
+        Returns {'share_<class name>': for each class, 'digits': how many classes have at least a tenth of their real
+        share, 'confidence': the classifier's mean, 'kl': Kullback-Leibler divergence from the real shares in nats,
+        'median': the median pixel, 0..255, 'fd': the Fréchet distance from real images, or None as `floor`}, and where
+        classes were asked for, 'asked' and 'asked_worst': the share of these that were made, of all and of the worst.
+        """
+        row, normal = self.look(batches)
+        return {**row, 'fd': None if self.floor is None else frechet_distance(self.real[1], normal)}
+
+
+def _scaled(X):
+    """Real images as `count` wants them, never many as floats at once."""
+    return ((X[i:i + 100] / np.float32(127.5) - 1, None) for i in range(0, len(X), 100))
+
+
+def _features(batches):
+    """What is kept of `count`'s batches: means of 4x4 pixels (n, 256), the classes asked for, the median pixel. Of
+    several channels it is their mean.
+    """
+    features, asked, levels = [], [], np.zeros(256, int)
+    for images, classes in batches:
+        grey = images.mean(axis=1)
+        features.append(grey.reshape(-1, 16, 4, 16, 4).mean(axis=(2, 4)).reshape(-1, 256))
+        asked.append(classes)
+        levels += np.bincount(np.rint((grey + 1) * 127.5).astype(np.uint8).ravel(), minlength=256)
+    asked = None if asked[0] is None else np.concatenate(asked)
+    return np.concatenate(features), asked, int(np.searchsorted(levels.cumsum(), levels.sum() / 2))
+
+
+def frechet_distance(a, b):
+    """The distance of two normal distributions, each (mean, covariance): Heusel et al. 2017."""
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    # the trace of the product's root, without `sqrtm`, which turns complex where a covariance is singular
+    trace = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace)

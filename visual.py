@@ -16,9 +16,11 @@ import cv2
 import numpy as np
 
 TITLES = ('gout', 'diff', 'data', 'loss')  # the windows, in the order of their places
-QUIT = ord('q')                            # the viewer's exit status after that key
+QUIT = ord('q')       # the viewer's exit status after that key
+MOST_IMAGES = 256     # of a mosaic that is shown
+MOST_COLUMNS = 16     # of a mosaic with a class in each column
 FILM_BYTES = 3_000_000
-_viewers = {}   # folder: the child process that shows its pictures, or None where there is no screen
+_viewers = {}    # folder: the child process that shows its pictures, or None where there is no screen
 _warned = set()  # the kinds of warning that have been printed
 
 
@@ -34,40 +36,54 @@ def tile(X, columns=None):
     n, c, h, w = X.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
-    mosaic = np.zeros((rows * columns, h, w, 3), np.uint8)
-    pixels = np.rint((np.nan_to_num(np.clip(X, -1, 1), nan=-1) + 1) * 127.5)
-    mosaic[:n] = pixels[:, ::-1].transpose(0, 2, 3, 1)
-    return mosaic.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3)
+    images = np.zeros((rows * columns, c, h, w), np.uint8)
+    images[:n] = np.rint((np.minimum(np.fmax(X, -1), 1) + 1) * 127.5)  # fmax takes -1 for NaN
+    channels = images.reshape(rows, columns, c, h, w).transpose(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
+    red, green, blue = channels if c == 3 else (channels[0],) * 3
+    return cv2.merge([blue, green, red])
 
 
-def by_digit(X, digits):
-    """(n, c, h, w) images and their (n,) digits -> as many rows of ten as n fills, digit d in column d.
+def by_class(X, classes, num_classes, rows=None):
+    """A table of images with a class in each column, which `tile(table, min(num_classes, 16))` draws.
 
-    A place without an image is black; images for which a column has no place left are not shown.
+    `X` is float (n, c, height, width), `classes` (n,) integers below num_classes. Class k is in column k % 16 of block
+    k // 16; a block has `rows` rows, by default as many as the n images fill. A place without an image is black; images
+    for which a column has no place left are not shown. Returns (places, c, height, width) of X's dtype, row by row.
     """
-    rows = -(-len(X) // 10)
-    table = np.full((rows, 10) + X.shape[1:], -1, X.dtype)
-    for digit in range(10):
-        column = X[digits == digit][:rows]
-        table[:len(column), digit] = column
+    columns = min(num_classes, MOST_COLUMNS)
+    blocks = -(-num_classes // columns)
+    rows = rows or -(-len(X) // num_classes)
+    table = np.full((blocks, rows, columns) + X.shape[1:], -1, X.dtype)
+    for k in range(num_classes):
+        column = X[classes == k][:rows]
+        table[k // columns, :len(column), k % columns] = column
     return table.reshape((-1,) + X.shape[1:])
 
 
-def visual(title, X, out='out', display=True, digits=None):
-    """Show images as a mosaic: `tile`'s X, with `digits` (n,) a digit in each of ten columns; then `show_picture`."""
-    show_picture(title, tile(X) if digits is None else tile(by_digit(X, digits), 10), out, display)
+def visual(title, X, out='out', display=True, classes=None, num_classes=0):
+    """Show images as a mosaic with `show_picture`: `tile`'s X, with `classes` (n,) as a table of `by_class`.
+
+    At most 256 images are shown: the first ones, with `classes` the first ones of each class, as many of each and at
+    most 32. Of more than 256 classes not each has a place: then the images are shown in their own order.
+    """
+    if classes is None or num_classes > MOST_IMAGES:
+        picture = tile(X[:MOST_IMAGES])
+    else:
+        rows = min(-(-len(X) // num_classes), MOST_IMAGES // max(num_classes, 8))  # few classes: no long strip
+        picture = tile(by_class(X, classes, num_classes, rows), min(num_classes, MOST_COLUMNS))
+    show_picture(title, picture, out, display)
 
 
 def show_picture(title, picture, out='out', display=True):
     """Write a BGR picture to `<out>/<title>.png` and show it in a window, where one can open.
 
-    What fails is said once and does not end the run.
+    What fails is said once and does not end the run; the next picture is tried anew.
     """
     try:
         os.makedirs(out, exist_ok=True)
         save(os.path.join(out, f'{title}.png'), picture)
         if display and out not in _viewers:
-            _viewers[out] = _start_viewer(out)
+            _start_viewer(out)
     except OSError as error:
         _warn_once('write', f'WARNING: no picture can be written or shown ({error}); the run goes on')
         return
@@ -77,33 +93,37 @@ def show_picture(title, picture, out='out', display=True):
 
 def save(path, picture):
     """Write a picture as PNG, whole or not at all. Raises OSError."""
+    _write(path, cv2.imencode('.png', picture)[1])
+
+
+def _write(path, content):
     with open(path + '.tmp', 'wb') as file:
-        file.write(cv2.imencode('.png', picture)[1])
+        file.write(content)
     os.replace(path + '.tmp', path)
 
 
 def film(out):
     """Join the mosaics `gout-*.png` of a folder, in the order of their names, to `film.webp` of at most 3 MB.
 
-    It has up to 25 frames, evenly chosen, and fewer where these would be too large. What fails is said once.
+    It has up to 25 frames, evenly chosen, and fewer where these would be too large. Those of another size than the
+    newest and damaged ones are left out. What fails is said once.
     """
     paths = sorted(glob.glob(os.path.join(glob.escape(out), 'gout-*.png')))
-    temporary = os.path.join(out, 'film.tmp.webp')
     if not paths:
         return
     try:
-        for count in (24, 12, 6, 2):  # a second of work for 25 of 512x512
-            chosen = np.unique(np.linspace(0, len(paths) - 1, count + 1).astype(int))
-            frames = [cv2.imread(paths[i]) for i in chosen]
+        for most_frames in (25, 13, 7, 3):  # a second of work for 25 of 512x512
+            chosen = np.unique(np.linspace(0, len(paths) - 1, most_frames).astype(int))
+            frames = [frame for frame in (cv2.imread(paths[i]) for i in chosen) if frame is not None]
             animation = cv2.Animation()
-            animation.frames = [frame for frame in frames if frame.shape == frames[-1].shape]  # of this batch size
+            animation.frames = [frame for frame in frames if frame.shape == frames[-1].shape]
             animation.durations = [400] * (len(animation.frames) - 1) + [2500]  # milliseconds
-            cv2.imwriteanimation(temporary, animation, [cv2.IMWRITE_WEBP_QUALITY, 60])
-            if os.path.getsize(temporary) <= FILM_BYTES:
-                os.replace(temporary, os.path.join(out, 'film.webp'))
+            ok, encoded = cv2.imencodeanimation('.webp', animation, [cv2.IMWRITE_WEBP_QUALITY, 60])
+            if ok and len(encoded) <= FILM_BYTES:  # not ok: a side of more than 16,383 pixels
+                _write(os.path.join(out, 'film.webp'), encoded)
                 return
         raise OSError('its pictures are too large')
-    except (OSError, AttributeError, cv2.error) as error:  # a full disk, OpenCV before 4.11, a damaged picture
+    except (OSError, AttributeError, cv2.error) as error:  # a full disk, an OpenCV without animations
         _warn_once('film', f'WARNING: {out}/film.webp cannot be written ({str(error).strip()}); the run goes on')
 
 
@@ -132,22 +152,29 @@ def plot(iterations, curves):
         cv2.line(picture, (x, BOTTOM), (x, BOTTOM + 4), (0, 0, 0))
         _text(picture, f'{value:,.10g}', x, BOTTOM + 18)
     _text(picture, 'iterations', (LEFT + RIGHT) / 2, 472)
-    # the mean of one value is the value: first the values of all curves, then above them the means of n neighbours
-    for n, thickness, strength in ((1, 1, 1 / 3), (max(1, len(iterations) // 50), 2, 1)):
-        for i, (name, v) in enumerate(curves.items()):
-            finite = np.isfinite(v)
-            y = BOTTOM - np.clip(v[finite] * y_scale, 0, BOTTOM - TOP)
-            total = np.cumsum(np.pad([LEFT + iterations[finite] * x_scale, y], ((0, 0), (1, 0))), axis=1)
-            means = np.rint((total[:, n:] - total[:, :-n]) / n).astype(np.int32).T
-            every = 1 + len(means) // (RIGHT - LEFT)  # no more points than there are columns of pixels
-            colour = (255 - (255 - COLOURS[i]) * strength).tolist()
-            cv2.polylines(picture, [means[::every].reshape(-1, 1, 2)], False, colour, thickness, cv2.LINE_AA)
-            if strength == 1:
-                _text(picture, name, LEFT + 60 + 130 * i, TOP - 12, colour)
-                for x, y in means[-1:].tolist():  # so that a single value shows, too
-                    cv2.circle(picture, (x, y), 3, colour, -1, cv2.LINE_AA)
+    points = []  # of each curve: (2, how many are finite), where they lie in the picture
+    for colour, values in zip(COLOURS, curves.values()):
+        finite = np.isfinite(values)
+        y = BOTTOM - np.clip(values[finite] * y_scale, 0, BOTTOM - TOP)
+        points.append(np.array([LEFT + iterations[finite] * x_scale, y]))
+        _curve(picture, points[-1], 255 - (255 - colour) / 3, 1)
+    n = max(1, len(iterations) // 50)
+    for i, name in enumerate(curves):  # the strong lines come above all the pale ones
+        total = np.cumsum(np.pad(points[i], ((0, 0), (1, 0))), axis=1)
+        means = (total[:, n:] - total[:, :-n]) / n  # of n neighbours
+        _curve(picture, means, COLOURS[i], 2)
+        _text(picture, name, LEFT + 60 + 130 * i, TOP - 12, COLOURS[i].tolist())
+        for x, y in np.rint(means[:, -1:].T).astype(int).tolist():  # a dot, so that a single value shows as well
+            cv2.circle(picture, (x, y), 3, COLOURS[i].tolist(), -1, cv2.LINE_AA)
     cv2.rectangle(picture, (LEFT, TOP), (RIGHT, BOTTOM), (0, 0, 0))
     return picture
+
+
+def _curve(picture, points, colour, thickness):
+    """Draw a line through points, (2, how many), from left to right; no more than there are columns of pixels."""
+    every = 1 + points.shape[1] // (RIGHT - LEFT)
+    points = np.rint(points[:, ::every]).astype(np.int32).T
+    cv2.polylines(picture, [points.reshape(-1, 1, 2)], False, colour.tolist(), thickness, cv2.LINE_AA)
 
 
 def _ticks(limit):
@@ -187,49 +214,60 @@ def _warn_once(kind, message):
 
 
 def _start_viewer(out):
-    """A child process with the windows, or None where there is no screen; waits until the first one is open."""
-    if sys.platform.startswith('linux') and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
-        return None
-    viewer = subprocess.Popen([sys.executable, __file__, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              start_new_session=True)  # Ctrl-C in the terminal is for the training alone
-    viewer.stdout.read(1)  # a byte, or the end
-    return viewer
+    """Start the child process with a folder's windows, if there is a screen, and wait until the first one is open."""
+    if sys.platform.startswith('linux') and not os.environ.get('DISPLAY'):
+        _viewers[out] = None  # with WAYLAND_DISPLAY alone as well: OpenCV's windows need X or XWayland
+        return
+    _viewers[out] = subprocess.Popen(
+        [sys.executable, __file__, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        start_new_session=True)  # Ctrl-C in the terminal is for the training alone
+    _viewers[out].stdout.read(1)  # a byte, or the end
 
 
 def _view(out):
     """Show the four pictures, and each again when its file changes, until q is pressed or the training has ended."""
     signal.alarm(20)  # a screen that does not answer by then counts as none
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # OpenCV aborts where there is no screen: no core file for that
+    os.environ['QT_QPA_PLATFORM'] = 'xcb'  # OpenCV brings no other; desktops ask for Wayland's
     parent = os.getppid()
-    shown, due = {}, {}  # title: the time of its file; when its window gets its size and place
+    shown = {}  # title: the time of the file that its window shows
+    due = {}    # title: when its window gets its size and place
     while os.getppid() == parent:
         for title in TITLES:
             path = os.path.join(out, f'{title}.png')
-            changed = os.stat(path).st_mtime_ns if os.path.exists(path) else None
-            place = time.time() > due.get(title, math.inf)
+            try:
+                changed = os.stat(path).st_mtime_ns
+            except OSError:  # there is none yet, or its folder has been renamed
+                continue
+            place = time.monotonic() > due.get(title, math.inf)
             picture = cv2.imread(path) if changed != shown.get(title) or place else None
             if picture is None:
                 continue
             shown[title] = changed
             if title not in due:
                 cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
-                due[title] = time.time() + 1  # not at once: a window that is moved while it opens may stay blank
+                due[title] = time.monotonic() + 1  # not at once: a window that is moved while it opens may stay blank
             elif cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) == 0:
                 continue  # a person has closed it: it stays closed
             elif place:
                 due[title] = math.inf
-                # a screen of 1920x1080 holds the mosaics side by side and the curves below; 22 pixels are a title bar
-                height, width = picture.shape[:2]
-                scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
-                row, column = divmod(TITLES.index(title), 3)
-                cv2.resizeWindow(title, int(width * scale), int(height * scale))
-                cv2.moveWindow(title, 5 + column * (int(width * scale) + 10), 22 + row * 556)
+                _place(title, picture)
             cv2.imshow(title, picture)
         if cv2.waitKey(50) & 0xff == QUIT:
             sys.exit(QUIT)
         if shown and signal.alarm(0):  # the first time: the screen has answered, tell the training
             os.write(1, b'.')
         time.sleep(0.01)  # without a window waitKey does not wait
+
+
+def _place(title, picture):
+    """Give a window its size and place: a screen of 1920x1080 holds the mosaics side by side, the curves below."""
+    height, width = picture.shape[:2]
+    scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
+    width, height = int(width * scale), int(height * scale)
+    row, column = divmod(TITLES.index(title), 3)
+    cv2.resizeWindow(title, width, height)
+    cv2.moveWindow(title, 5 + column * (width + 10), 22 + row * 556)  # 22 pixels are a title bar
 
 
 if __name__ == '__main__':
