@@ -215,6 +215,7 @@ def close():
 
 
 def warn_once(kind, message):
+    """Print a message, unless one of its kind has been printed since the last `close`; the training uses it, too."""
     if kind not in _warned:
         _warned.add(kind)
         print(message, flush=True)
