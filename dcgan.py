@@ -55,6 +55,7 @@ class Settings:
     batch_size: int = 64           # real images in a step, and as many fakes
     lr: float = 0.0002             # Adam's learning rate after the head start
     head_start: int = 500          # so many first iterations have lr 0.001; published: 0
+    lr_steady: int = 4000          # digits: after so many iterations lr halves with every 2000; 0, published: never
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
     pos_label: float = 0.9         # label of real images while D learns; published: 1.0
     average: float = 0.99          # decay of a mean of G's weights, which makes mosaics and samples; 0: G itself
@@ -76,7 +77,7 @@ class Settings:
 
 # settings that have to be the same where a run goes on from a state, and in all workers of a cluster
 SAME_NETWORKS = ['dataset', 'ngf', 'ndf', 'nc', 'Z', 'd1_bias', 'conditional']          # else the weights do not fit
-SAME_RUN = ['batch_size', 'lr', 'head_start', 'beta1', 'pos_label', 'seed', 'augment']  # else it is another run
+SAME_RUN = ['batch_size', 'lr', 'head_start', 'lr_steady', 'beta1', 'pos_label', 'seed', 'augment']  # else another run
 
 
 # ---------------------------------------------------------------- checking them
@@ -99,7 +100,7 @@ def check(s):
         must(field.type in (object, found) or (field.type, found) == (float, int), field.name, kinds.get(field.type))
     for name in ('ndf', 'ngf', 'Z', 'batch_size', 'epochs'):
         must(1 <= getattr(s, name) < 10_000, name, '1 or more, and less than 10000')
-    for name in ('seed', 'head_start', 'sample', 'monitor'):
+    for name in ('seed', 'head_start', 'lr_steady', 'sample', 'monitor'):
         must(0 <= getattr(s, name) < 1e9, name, '0 or more')
     for name in ('beta1', 'average'):
         must(0 <= getattr(s, name) < 1, name, '0 or more, and below 1')
@@ -124,6 +125,7 @@ def check(s):
             ('imgnet_path', 'photos', pictures, "dataset = 'imagenet'"),
             ('augment', True, pictures, "dataset = 'imagenet'"),
             ('head_start', 500, s.lr < 0.001, 'lr below 0.001'),
+            ('lr_steady', 4000, not pictures, "dataset = 'mnist' or 'digits'"),
             ('kvstore', 'device', several, 'several devices'),
             ('digits', '', s.sample, 'sample'),
             ('plot', False, shutil.which('dot'), 'graphviz installed')):
@@ -305,6 +307,16 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1, label_real):
 
 # ---------------------------------------------------------------- the loop
 
+def learning_rate(s, iteration):
+    """Adam's learning rate in an iteration, counted from the first epoch's first, which is 0."""
+    if iteration < s.head_start:  # `lr` alone shows noise for an epoch
+        return max(s.lr, 0.001)
+    if not s.lr_steady or s.dataset == 'imagenet':
+        return s.lr
+    # D learns to tell digits of G ever better, and at a steady lr G is lost some day
+    return s.lr * 0.5 ** max(0, 2 * iteration / s.lr_steady - 2)
+
+
 def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
     """Train until `s.epochs` are done or the run is asked to stop.
 
@@ -324,9 +336,8 @@ def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
             rand_iter.next()
         run.tic = time.monotonic()  # pictures, counting and saving are no part of the speed
         while run.iteration < run.num_batches and not run.stopping:
-            in_head_start = run.epoch * run.num_batches + run.iteration < s.head_start
-            for mod in modules[:2]:  # the small lr alone shows noise for an epoch, the large one ends in a collapse
-                mod._optimizer.set_learning_rate(max(s.lr, 0.001) if in_head_start else s.lr)
+            for mod in modules[:2]:
+                mod._optimizer.set_learning_rate(learning_rate(s, run.epoch * run.num_batches + run.iteration))
             batch, rbatch = train_iter.next(), rand_iter.next()
             monitor.tic()
             fakes, diff, answers = train_step(*modules, rbatch, batch, *labels)
