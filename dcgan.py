@@ -55,7 +55,7 @@ class Settings:
     batch_size: int = 64           # real images in a step, and as many fakes
     lr: float = 0.0002             # Adam's learning rate after the head start
     head_start: int = 500          # so many first iterations have lr 0.001; published: 0
-    lr_steady: int = 4000          # digits: after so many iterations lr halves with every 2000; 0, published: never
+    lr_steady: int = 4000          # digits: after so many iterations G's lr halves in every 2000; 0, published: never
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
     pos_label: float = 0.9         # label of real images while D learns; published: 1.0
     average: float = 0.99          # decay of a mean of G's weights, which makes mosaics and samples; 0: G itself
@@ -307,14 +307,15 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1, label_real):
 
 # ---------------------------------------------------------------- the loop
 
-def learning_rate(s, iteration):
-    """Adam's learning rate in an iteration, counted from the first epoch's first, which is 0."""
+def learning_rates(s, iteration):
+    """Adam's learning rates of G and D in an iteration, counted from the first epoch's first, which is 0."""
     if iteration < s.head_start:  # `lr` alone shows noise for an epoch
-        return max(s.lr, 0.001)
+        return max(s.lr, 0.001), max(s.lr, 0.001)
     if not s.lr_steady or s.dataset == 'imagenet':
-        return s.lr
-    # D learns to tell digits of G ever better, and at a steady lr G is lost some day
-    return s.lr * 0.5 ** max(0, 2 * iteration / s.lr_steady - 2)
+        return s.lr, s.lr
+    # At a steady lr G is lost some day. It keeps to what D teaches where it learns more slowly than D:
+    # Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule" (arXiv 1706.08500).
+    return s.lr * 0.5 ** max(0, 2 * iteration / s.lr_steady - 2), s.lr
 
 
 def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
@@ -336,8 +337,8 @@ def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
             rand_iter.next()
         run.tic = time.monotonic()  # pictures, counting and saving are no part of the speed
         while run.iteration < run.num_batches and not run.stopping:
-            for mod in modules[:2]:
-                mod._optimizer.set_learning_rate(learning_rate(s, run.epoch * run.num_batches + run.iteration))
+            for mod, lr in zip(modules, learning_rates(s, run.epoch * run.num_batches + run.iteration)):
+                mod._optimizer.set_learning_rate(lr)
             batch, rbatch = train_iter.next(), rand_iter.next()
             monitor.tic()
             fakes, diff, answers = train_step(*modules, rbatch, batch, *labels)
