@@ -9,7 +9,6 @@ import glob
 import gzip
 import importlib.util
 import math
-import mmap
 import os
 import socket
 import struct
@@ -48,12 +47,12 @@ try:
 
     def getattr_for_mxnet(name):
         """Answer MXNet alone for names that it reads at import and NumPy has taken away; it uses only `bool` later."""
-        if sys._getframe(1).f_globals.get('__name__', '').split('.')[0] != 'mxnet' or name[:2] == '__':
-            return true_getattr(name)
         try:
-            return bool if name == 'bool' else true_getattr(name)
+            return true_getattr(name)
         except AttributeError:
-            return None
+            if sys._getframe(1).f_globals.get('__name__', '').split('.')[0] != 'mxnet' or name[:2] == '__':
+                raise
+            return bool if name == 'bool' else None
 
     # what a person has set stays; of the physical cores MXNet by itself would take half
     os.environ.setdefault('OMP_NUM_THREADS', str(joblib.cpu_count(only_physical_cores=True)))
@@ -379,9 +378,11 @@ class ImagenetIter(mx.io.DataIter):
     def _load(self, number, random):
         """A picture of the file as uint8 `data_shape`, cropped and mirrored by four numbers from 0 to 1."""
         start, end = self.starts[number:number + 2]
-        image = _picture_of(os.pread(self.file.fileno(), end - start, start))
-        if image is None:
-            raise ValueError(f'{self.path}: the picture in record {number} is damaged; make the file again')
+        try:
+            record, _ = _record(os.pread(self.file.fileno(), end - start, start))
+            image = _decode(mx.recordio.unpack(record)[1])
+        except (struct.error, ValueError, cv2.error):
+            raise ValueError(f'{self.path}: the picture in record {number} is damaged; make the file again') from None
         shrink, down, right, mirror = random if self.augment else (1, 0.5, 0.5, 1)
         height, width, _ = image.shape
         side = round(min(height, width) * (0.75 + 0.25 * shrink))  # as published: 192 to 256 of 256 pixels
@@ -403,48 +404,34 @@ def _check_rec(path):
     """
     if not os.path.isfile(path) or not os.path.getsize(path):
         raise FileNotFoundError(f'{path}: no such file, or empty; imgnet_path must name a folder of pictures or a .rec')
-    starts, labels, kind, end = [], [], 0, 0
-    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for kind, start, end in _parts(content):
-            if kind < 2:
-                starts.append(start - 8)
-                # MXNet's header, 24 bytes: the number of further labels, the label, two numbers; then these labels
-                flag, label, first = struct.unpack('<If16xf', content[start:start + 28].ljust(28, b'\0'))
-                labels.append(first if flag else label)
-                picture = start + 24 + 4 * flag
-            if not starts:  # a part without its beginning
-                break
-            if kind == 0 and ENDS.get(content[picture:picture + 2]) == content[end - 2:end]:
-                continue
-            if kind in (0, 3) and end <= len(content) and _picture_of(content[starts[-1]:end]) is None:
-                insightface = 'a header without a picture, as InsightFace has'
-                problem = insightface if end == picture else 'no picture, or a damaged one'
-                raise ValueError(f'{path}: record {len(starts) - 1} is {problem}; make the .rec without it, or set '
-                                 'imgnet_path to a folder of pictures')
-        size = len(content)
-    end += -end % 4
-    if end != size or kind in (1, 2):
-        raise ValueError(f'{path}: cut short or no RecordIO file, after {len(starts)} records; make it again, or set '
-                         'imgnet_path to a folder of pictures')
-    starts.append(end)
+    content = np.memmap(path, mode='r').data  # what is not looked at is not read
+    starts, labels = [0], []
+    while starts[-1] < len(content):
+        try:
+            record, end = _record(content, starts[-1])
+            header, picture = mx.recordio.unpack(record)
+            if ENDS.get(bytes(picture[:2])) != picture[-2:]:
+                _decode(picture)
+        except (struct.error, ValueError, cv2.error) as error:
+            raise ValueError(f"{path}: record {len(labels)} is damaged or no picture, as InsightFace's first "
+                             f'({last_line(error)}); make the .rec again, without it, or set imgnet_path to a folder '
+                             'of pictures') from None
+        labels.append(header.label[0] if header.flag else header.label)
+        starts.append(end)
     return np.array(starts), np.array(labels, np.float32)
 
 
-def _parts(content):
-    """Yield the kind of each of RecordIO's parts of records, and where its data begin and end."""
-    at = 0
-    while content[at:at + 4] == MAGIC and at + 8 <= len(content):
-        kind, length = divmod(struct.unpack('<I', content[at + 4:at + 8])[0], 1 << 29)
-        yield kind, at + 8, at + 8 + length  # kind 0: a whole record; 1, 2, 3: its first, further and last parts
-        at += 8 + length + -length % 4
-
-
-def _picture_of(record):
-    """A record with all its parts -> its picture, as `_decode` gives it; None if it cannot be read."""
-    try:
-        return _decode(mx.recordio.unpack(MAGIC.join(record[start:end] for _, start, end in _parts(record)))[1])
-    except (struct.error, ValueError, cv2.error):  # also of a record that is shorter than its header says
-        return None
+def _record(content, start=0):
+    """The record that begins at `start` of a RecordIO file, its parts joined, and where it ends."""
+    parts, kind = [], 1
+    while kind in (1, 2):  # 0: a whole record; 1, 2, 3: its first, further and last parts
+        magic, number = struct.unpack_from('<4sI', content, start)
+        kind, length = divmod(number, 1 << 29)
+        parts.append(content[start + 8:start + 8 + length])
+        start += 8 + length + -length % 4
+        if magic != MAGIC or start > len(content):
+            raise ValueError('cut short or no RecordIO file')
+    return MAGIC.join(parts) if parts[1:] else parts[0], start
 
 
 def _decode(content):
