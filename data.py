@@ -14,7 +14,6 @@ import socket
 import struct
 import sys
 import tempfile
-import time
 import unittest.mock
 import warnings
 import zlib
@@ -455,9 +454,8 @@ def _small_jpeg(path):
     try:
         with open(path, 'rb') as file:
             image = _decode(file.read(1 << 28))  # no more of a film that lies among the pictures
-        height, width, _ = image.shape
-        shrink = min(1, 256 / min(height, width))
-        image = cv2.resize(image, (round(width * shrink), round(height * shrink)), interpolation=cv2.INTER_AREA)
+        shrink = min(1, 256 / min(image.shape[:2]))
+        image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
         encoded, jpeg = cv2.imencode('.jpg', image)
         return jpeg.tobytes() if encoded else None  # it may be longer than a JPEG can be
     except (OSError, ValueError, cv2.error):
@@ -466,19 +464,18 @@ def _small_jpeg(path):
 
 def _write_records(file, paths, labels):
     """Write the pictures that can be read as RecordIO, in a random order; returns how many, and names the others."""
-    said, kept = time.monotonic(), []
+    kept = []
     with tempfile.TemporaryFile(dir=os.path.dirname(file.name)) as unsorted, \
             ThreadPoolExecutor(joblib.cpu_count()) as pool, \
             contextlib.closing(pool.map(_small_jpeg, paths)) as jpegs:  # after Ctrl-C no more begin
-        for done, (path, label, jpeg) in enumerate(zip(paths, labels, jpegs)):
-            if time.monotonic() - said > 3:
-                said = time.monotonic()
-                print(f'... {done} of {len(paths)}', flush=True)
+        for done, (path, label, jpeg) in enumerate(zip(paths, labels, jpegs), 1):
             if jpeg:
                 kept.append((label, unsorted.tell(), len(jpeg)))
                 unsorted.write(jpeg)
-            elif done - len(kept) < 10:
+            elif done - len(kept) <= 10:
                 print(f'skipped, damaged or no picture that OpenCV can read: {path}', flush=True)
+            if done % 1000 == 0:
+                print(f'... {done} of {len(paths)}', flush=True)
         for i in np.random.RandomState(1234).permutation(len(kept)):  # of the pictures alone, whatever else is there
             label, start, length = kept[i]
             unsorted.seek(start)
@@ -521,7 +518,7 @@ def _pack(folder, out, workers):
         except BaseException:
             os.remove(file.name)
             raise
-    for old in set(glob.glob(glob.escape(stem) + '[0-9a-f]' * len(checksum) + '.rec*')) - {path}:
+    for old in set(glob.glob(glob.escape(stem) + '[0-9a-f]' * 8 + '.rec*')) - {path}:
         os.remove(old)  # of the folder as it was, or what a start that was killed has left
     return path, classes
 
@@ -529,7 +526,7 @@ def _pack(folder, out, workers):
 def load_pictures(s, rank=0, workers=1):
     """An `ImagenetIter` over this worker's share of `s.imgnet_path`: a .rec, or a folder, which is packed into one.
 
-    Prints the classes, if `s.conditional`. Raises ValueError and OSError as `ImagenetIter`, and where it cannot pack.
+    Raises ValueError and OSError as `ImagenetIter`, and where it cannot pack.
     """
     path, folder = s.imgnet_path, os.path.isdir(s.imgnet_path)
     if folder:
@@ -545,10 +542,8 @@ def load_pictures(s, rank=0, workers=1):
 
 
 def load_data(s, rank=0, workers=1):
-    """The data that the settings `s` ask for.
-
-    Returns its name, the iterator over this worker's share, and, of digits, what `Coverage` takes, else None.
-    Raises OSError and ValueError as `get_mnist` and `ImagenetIter` do, and where a share is smaller than a batch.
+    """The name of the data that the settings `s` ask for, an iterator over this worker's share, and, of digits, what
+    `Coverage` takes, else None. Raises OSError and ValueError as `get_mnist`, `load_pictures` and the iterators.
     """
     if s.dataset == 'imagenet':
         return s.dataset, load_pictures(s, rank, workers), None
@@ -629,12 +624,10 @@ def _scaled(X):
 
 
 def _features(batches):
-    """What is kept of `count`'s batches: means of 4x4 pixels (n, 256), the classes asked for, the median pixel. Of
-    several channels it is their mean.
-    """
+    """What is kept of `count`'s batches: means of 4x4 grey pixels (n, 256), the classes asked for, the median pixel."""
     features, asked, levels = [], [], np.zeros(256, int)
     for images, classes in batches:
-        grey = images.mean(axis=1)
+        grey = images.mean(axis=1)  # of the channels
         features.append(grey.reshape(-1, 16, 4, 16, 4).mean(axis=(2, 4)).reshape(-1, 256))
         asked.append(classes)
         levels += np.bincount(np.rint((grey + 1) * 127.5).astype(np.uint8).ravel(), minlength=256)
