@@ -576,34 +576,23 @@ class Coverage:
         passes = min(66, max(3, 720_000 // len(X)))  # 12 over MNIST
         classifier = MLPClassifier((256,), batch_size=min(128, len(X)), max_iter=passes, random_state=0)
         print('a classifier learns the real images, to judge the generated ones; up to a minute ...', flush=True)
+        features = np.concatenate([  # never many of the images as floats
+            _features(X[i:i + 100, 0] / np.float32(127.5) - 1) for i in range(0, len(X), 100)])
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that it could go on learning
             warnings.filterwarnings('error', 'Training interrupted')  # scikit-learn would swallow a Ctrl-C
             try:
-                self.classifier = classifier.fit(_features(_scaled(X))[0], y)
+                self.classifier = classifier.fit(features, y)
             except UserWarning:
                 raise KeyboardInterrupt from None
-        row, self.real = self.look(_scaled(X[:2 * self.num_images:2]))
-        self.real_median, self.floor = row['median'], None
-        if len(X) >= 2000:
-            self.floor = frechet_distance(self.real, self.look(_scaled(X[1:2 * self.num_images:2]))[1])
+        some, others = features[:2 * self.num_images:2], features[1:2 * self.num_images:2]
+        self.real, self.real_median = self._answers(some), int(np.median(X[:2 * self.num_images:2]))
+        self.floor = frechet_distance(self.real, self._answers(others)) if len(X) >= 2000 else None
 
-    def look(self, batches):
-        """`count`'s row without 'fd'; and the mean (256,) and covariance (256, 256) of the hidden layer's answers."""
-        from scipy.stats import entropy
-        features, asked, median = _features(batches)
+    def _answers(self, features):
+        """The mean (256,) and covariance (256, 256) of the hidden layer's answers."""
         hidden = np.maximum(features @ self.classifier.coefs_[0] + self.classifier.intercepts_[0], 0).astype(float)
-        num_classes = len(self.class_names)
-        probability = self.classifier.predict_proba(features)[:, :num_classes]  # it makes two of a single class
-        classes = probability.argmax(axis=1)
-        shares, real = (np.bincount(labels, minlength=num_classes) / len(labels) for labels in (classes, self.y))
-        row = {f'share_{name}': share for name, share in zip(self.class_names, shares)}
-        row.update(digits=int((shares >= real / 10).sum()), confidence=float(probability.max(axis=1).mean()),
-                   kl=entropy(shares, real), median=median)
-        if asked is not None:
-            right = classes == asked
-            row.update(asked=right.mean(), asked_worst=min(right[asked == wanted].mean() for wanted in set(asked)))
-        return row, (hidden.mean(axis=0), np.cov(hidden, rowvar=False))
+        return hidden.mean(axis=0), np.cov(hidden, rowvar=False)
 
     def count(self, batches):
         """Judge generated images. `batches` yields (images, asked): images (k, nc, 64, 64) float in [-1, 1], and (k,)
@@ -614,25 +603,31 @@ class Coverage:
         'median': the median pixel, 0..255, 'fd': the Fréchet distance from real images, or None as `floor`}, and where
         classes were asked for, 'asked' and 'asked_worst': the share of these that were made, of all and of the worst.
         """
-        row, normal = self.look(batches)
-        return {**row, 'fd': None if self.floor is None else frechet_distance(self.real, normal)}
+        from scipy.stats import entropy
+        features, pixels, asked = [], [], []
+        for images, classes in batches:  # what is kept is small: they are never all there as floats
+            grey = images.mean(axis=1)  # of the channels
+            features.append(_features(grey))
+            pixels.append(np.rint((grey + 1) * 127.5).astype(np.uint8))
+            asked.append(classes)
+        features, num_classes = np.concatenate(features), len(self.class_names)
+        probability = self.classifier.predict_proba(features)[:, :num_classes]  # it makes two of a single class
+        classes = probability.argmax(axis=1)
+        shares, real = (np.bincount(labels, minlength=num_classes) / len(labels) for labels in (classes, self.y))
+        row = {f'share_{name}': share for name, share in zip(self.class_names, shares)}
+        row.update(digits=int((shares >= real / 10).sum()), confidence=float(probability.max(axis=1).mean()),
+                   kl=entropy(shares, real), median=int(np.median(np.concatenate(pixels))))
+        if asked[0] is not None:
+            asked = np.concatenate(asked)
+            right = classes == asked
+            row.update(asked=right.mean(), asked_worst=min(right[asked == wanted].mean() for wanted in set(asked)))
+        row['fd'] = None if self.floor is None else frechet_distance(self.real, self._answers(features))
+        return row
 
 
-def _scaled(X):
-    """Real images as `count` wants them, never many as floats at once."""
-    return ((X[i:i + 100] / np.float32(127.5) - 1, None) for i in range(0, len(X), 100))
-
-
-def _features(batches):
-    """What is kept of `count`'s batches: means of 4x4 grey pixels (n, 256), the classes asked for, the median pixel."""
-    features, asked, levels = [], [], np.zeros(256, int)
-    for images, classes in batches:
-        grey = images.mean(axis=1)  # of the channels
-        features.append(grey.reshape(-1, 16, 4, 16, 4).mean(axis=(2, 4)).reshape(-1, 256))
-        asked.append(classes)
-        levels += np.bincount(np.rint((grey + 1) * 127.5).astype(np.uint8).ravel(), minlength=256)
-    asked = None if asked[0] is None else np.concatenate(asked)
-    return np.concatenate(features), asked, int(np.searchsorted(levels.cumsum(), levels.sum() / 2))
+def _features(grey):
+    """What the classifier sees of grey images (n, 64, 64): the means of 4x4 pixels, (n, 256)."""
+    return grey.reshape(-1, 16, 4, 16, 4).mean(axis=(2, 4)).reshape(-1, 256)
 
 
 def frechet_distance(a, b):
