@@ -78,7 +78,7 @@ try:
         try:
             if host:  # MXNet's parameter server understands an IPv4 address alone
                 os.environ['DMLC_PS_ROOT_URI'] = address = socket.gethostbyname(host)
-                if address.startswith('127.') and host != address and host != 'localhost':  # as Debian has its own name
+                if address.startswith('127.') and host not in (address, 'localhost'):  # as Debian has its own name
                     print(f'WARNING: {host} is {address} here, which other machines cannot reach: set its address',
                           file=sys.stderr)
         except (OSError, UnicodeError):
@@ -162,10 +162,16 @@ def get_mnist(path='', labels=False):
         X, y = _from_openml()
         return _prepare(X, y, len(X) * 6 // 7, labels)  # 60,000 of 70,000
     prefix = _find_set(path)
-    (X_train, y_train), (X_test, y_test) = _read_part(prefix, 'train'), _read_part(prefix, 't10k', 'test')
     emnist = os.path.basename(prefix).startswith('emnist')  # its images lie transposed
-    X = [image.T if emnist else image for images in (X_train, X_test) for image in images]
-    return _prepare(X, np.concatenate([y_train, y_test]), len(X_train), labels)
+    X, y = [], []
+    for parts in ['train'], ['t10k', 'test']:
+        images, classes = _read_idx(prefix, parts, 'images', 3), _read_idx(prefix, parts, 'labels', 1)
+        if len(classes) != len(images):
+            raise ValueError(f'{prefix}{parts[0]}-labels-idx1-ubyte: {len(classes)} labels for {len(images)} images; '
+                             'take both files from one download')
+        X.extend(image.T if emnist else image for image in images)
+        y.append(classes)
+    return _prepare(X, np.concatenate(y), len(y[0]), labels)
 
 
 def get_digits(labels=False):
@@ -198,36 +204,26 @@ def _find_set(path):
     return sets[0]
 
 
-def _read_part(prefix, *parts):
-    """Images (n, height, width) and labels (n,) of one part, which has one of the names `parts`, uint8."""
-    arrays = []
-    for what, ndim in ('images', 3), ('labels', 1):
-        paths = [f'{prefix}{part}-{what}{dot}idx{ndim}-ubyte{gz}'
-                 for part in parts for dot in '-.' for gz in ('', '.gz')]
-        path = next(filter(os.path.isfile, paths), None)
-        if not path:
-            raise FileNotFoundError(f"{paths[0]}[.gz]: no such file; mnist_path must name the folder with MNIST's "
-                                    'four IDX files, or the folder and what their names begin with')
-        arrays.append(_read_idx(path, what, ndim))
-    images, labels = arrays
-    if len(labels) != len(images):
-        raise ValueError(f'{path}: {len(labels)} labels for {len(images)} images; take both files from one download')
-    return images, labels
+def _read_idx(prefix, parts, what, ndim):
+    """The IDX file with one of the names `parts`, gzipped or not, as uint8 of `ndim` dimensions.
 
-
-def _read_idx(path, what, ndim):
-    """One IDX file (format: LeCun's MNIST page, "FILE FORMATS"), gzipped or not, as uint8 of `ndim` dimensions."""
+    The format is on LeCun's MNIST page, "FILE FORMATS".
+    """
+    paths = [f'{prefix}{part}-{what}{dot}idx{ndim}-ubyte{gz}' for part in parts for dot in '-.' for gz in ('', '.gz')]
+    path = next(filter(os.path.isfile, paths), None)
+    if not path:
+        raise FileNotFoundError(f"{paths[0]}[.gz]: no such file; mnist_path must name the folder with MNIST's four IDX "
+                                'files, or the folder and what their names begin with')
     with open(path, 'rb') as file:
         content = file.read()
     try:
         if content[:2] == b'\x1f\x8b':
             content = gzip.decompress(content)
         magic, *shape = struct.unpack_from(f'>{1 + ndim}I', content)
-        if magic != 0x800 + ndim:
-            raise ValueError(f'no IDX file of {what}: its magic number is {magic:#x}, not {0x800 + ndim:#x}')
         begin = 4 * (1 + ndim)
-        if 0 in shape or len(content) != begin + math.prod(shape):
-            raise ValueError(f'empty, cut short, or with bytes left over: its header promises {shape}')
+        if magic != 0x800 + ndim or 0 in shape or len(content) != begin + math.prod(shape):
+            raise ValueError(f'no IDX file of {what}, empty, cut short, or with bytes left over: its header says '
+                             f'{magic:#x} {shape}')
     except (ValueError, EOFError, struct.error, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f'{path}: wrong or damaged file ({error}); fetch it again') from None
     return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
@@ -328,12 +324,12 @@ ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'`\x82'}  # a JPEG's and a PNG's la
 class ImagenetIter(mx.io.DataIter):
     """Batches of pictures from a .rec, without end: random crop and mirror, float32 in [-1, 1]; threads decode ahead.
 
-    `path` is a RecordIO file, which is looked at first; `data_shape`: (3 or 1, height, width); `ctx`: where the batches
-    are wanted; `num_parts`, `part_index`: this worker's share, as large as every other's; `augment` False: the largest
-    square in the middle, not mirrored; `conditional`: the records' labels are classes.
+    `path` is a RecordIO file; `data_shape`: (3 or 1, height, width); `ctx`: where the batches are wanted; `num_parts`,
+    `part_index`: this worker's share, as large as every other's; `augment` False: the largest square in the middle, not
+    mirrored; `conditional`: the records' labels are classes.
     Yields mx.io.DataBatch with data [(batch_size,) + data_shape] and, if conditional, [(batch_size,) float32 classes]
-    after it, in the file's order, and after its end from its start.
-    Raises OSError and ValueError as `_check_rec`, and ValueError for fewer pictures than a batch.
+    after it, in the file's order. Raises OSError where there is no such file, ValueError where it is cut short or no
+    RecordIO file, where a record is no picture, and where it has fewer pictures than a batch.
     """
 
     def __init__(self, path, batch_size, data_shape, ctx=None, num_parts=1, part_index=0, augment=True,
@@ -378,8 +374,7 @@ class ImagenetIter(mx.io.DataIter):
         """A picture of the file as uint8 `data_shape`, cropped and mirrored by four numbers from 0 to 1."""
         start, end = self.starts[number:number + 2]
         try:
-            record, _ = _record(os.pread(self.file.fileno(), end - start, start))
-            image = _decode(mx.recordio.unpack(record)[1])
+            image = _decode(_record(os.pread(self.file.fileno(), end - start, start))[1])
         except (struct.error, ValueError, cv2.error):
             raise ValueError(f'{self.path}: the picture in record {number} is damaged; make the file again') from None
         shrink, down, right, mirror = random if self.augment else (1, 0.5, 0.5, 1)
@@ -396,20 +391,15 @@ class ImagenetIter(mx.io.DataIter):
 
 
 def _check_rec(path):
-    """Where each record of a .rec begins, and the end, int64 (n + 1,), and the records' labels, float32 (n,).
-
-    A picture with the first and last bytes of a JPEG or PNG is not decoded. Raises OSError where there is no such file,
-    ValueError where it is cut short or no RecordIO file, or where a record is no picture.
-    """
+    """Where each record of a .rec begins, and the end, int64 (n + 1,), and the records' labels, float32 (n,)."""
     if not os.path.isfile(path) or not os.path.getsize(path):
         raise FileNotFoundError(f'{path}: no such file, or empty; imgnet_path must name a folder of pictures or a .rec')
     content = np.memmap(path, mode='r').data  # what is not looked at is not read
     starts, labels = [0], []
     while starts[-1] < len(content):
         try:
-            record, end = _record(content, starts[-1])
-            header, picture = mx.recordio.unpack(record)
-            if ENDS.get(bytes(picture[:2])) != picture[-2:]:
+            header, picture, end = _record(content, starts[-1])
+            if ENDS.get(bytes(picture[:2])) != picture[-2:]:  # to decode them all would take long
                 _decode(picture)
         except (struct.error, ValueError, cv2.error) as error:
             raise ValueError(f"{path}: record {len(labels)} is damaged or no picture, as InsightFace's first "
@@ -421,7 +411,7 @@ def _check_rec(path):
 
 
 def _record(content, start=0):
-    """The record that begins at `start` of a RecordIO file, its parts joined, and where it ends."""
+    """The record that begins at `start` of a RecordIO file: MXNet's header, the picture's bytes, and where it ends."""
     parts, kind = [], 1
     while kind in (1, 2):  # 0: a whole record; 1, 2, 3: its first, further and last parts
         magic, number = struct.unpack_from('<4sI', content, start)
@@ -430,7 +420,8 @@ def _record(content, start=0):
         start += 8 + length + -length % 4
         if magic != MAGIC or start > len(content):
             raise ValueError('cut short or no RecordIO file')
-    return MAGIC.join(parts) if parts[1:] else parts[0], start
+    header, picture = mx.recordio.unpack(MAGIC.join(parts) if len(parts) > 1 else parts[0])
+    return header, picture, start
 
 
 def _decode(content):
@@ -488,8 +479,7 @@ def _write_records(file, paths, labels):
 def _pack(folder, out, workers):
     """Pack a folder's pictures into a .rec, if that is not done yet; returns its path and the classes' names.
 
-    It lies beside the folder, or in `out` where that cannot be. Its name has a checksum of the files' names, sizes and
-    times, and it is there whole or not at all.
+    It lies beside the folder, or in `out` where that cannot be written, and is there whole or not at all.
     """
     inside = glob.iglob(f'{glob.escape(folder)}/**', recursive=True)  # leaves out what is hidden
     files = sorted(path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/'))
@@ -497,10 +487,9 @@ def _pack(folder, out, workers):
     # a class is a sub-folder, with all that is below it; '' has the pictures that are in none
     classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in names], return_inverse=True)
     state = [(name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files)]
-    checksum = f'{zlib.crc32(repr(state).encode()):08x}'
     parent, base = os.path.split(folder)
     stem = os.path.join(parent if os.access(parent, os.W_OK) else out, f'{base}-dcgan-')
-    path = f'{stem}{checksum}.rec'
+    path = f'{stem}{zlib.crc32(repr(state).encode()):08x}.rec'  # of a folder that has changed it is another
     if os.path.exists(path):
         return path, classes
     if workers > 1:
@@ -525,8 +514,7 @@ def _pack(folder, out, workers):
 
 def load_pictures(s, rank=0, workers=1):
     """An `ImagenetIter` over this worker's share of `s.imgnet_path`: a .rec, or a folder, which is packed into one.
-
-    Raises ValueError and OSError as `ImagenetIter`, and where it cannot pack.
+    Raises ValueError and OSError as that does, and where it cannot pack.
     """
     path, folder = s.imgnet_path, os.path.isdir(s.imgnet_path)
     if folder:
