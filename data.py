@@ -205,10 +205,7 @@ def _find_set(path):
 
 
 def _read_idx(prefix, parts, what, ndim):
-    """The IDX file with one of the names `parts`, gzipped or not, as uint8 of `ndim` dimensions.
-
-    The format is on LeCun's MNIST page, "FILE FORMATS".
-    """
+    """The IDX file (LeCun's MNIST page, "FILE FORMATS") of a part by one of its names: uint8 of `ndim` dimensions."""
     paths = [f'{prefix}{part}-{what}{dot}idx{ndim}-ubyte{gz}' for part in parts for dot in '-.' for gz in ('', '.gz')]
     path = next(filter(os.path.isfile, paths), None)
     if not path:
