@@ -1,7 +1,6 @@
 """What the networks are fed and measured with: MNIST, the digits, photos, latent vectors, and a judge of digits.
 
-This module prepares MXNet and is the first to import it. The training set stays uint8, 64x64 with one channel, until
-`PixelIter` turns it into float32, batch by batch, on the device.
+This module prepares MXNet and is the first to import it.
 """
 import contextlib
 import ctypes
@@ -400,8 +399,7 @@ def _check_rec(path):
                 _decode(picture)
         except (struct.error, ValueError, cv2.error) as error:
             raise ValueError(f"{path}: record {len(labels)} is damaged or no picture, as InsightFace's first "
-                             f'({last_line(error)}); make the .rec again, without it, or set imgnet_path to a folder '
-                             'of pictures') from None
+                             f'({last_line(error)}); make the .rec again, or set imgnet_path to a folder') from None
         labels.append(header.label[0] if header.flag else header.label)
         starts.append(end)
     return np.array(starts), np.array(labels, np.float32)
@@ -474,10 +472,7 @@ def _write_records(file, paths, labels):
 
 
 def _pack(folder, out, workers):
-    """Pack a folder's pictures into a .rec, if that is not done yet; returns its path and the classes' names.
-
-    It lies beside the folder, or in `out` where that cannot be written, and is there whole or not at all.
-    """
+    """Pack a folder's pictures into a .rec, if that is not done yet; returns its path and the classes' names."""
     inside = glob.iglob(f'{glob.escape(folder)}/**', recursive=True)  # leaves out what is hidden
     files = sorted(path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/'))
     names = [os.path.relpath(path, folder) for path in files]

@@ -1,7 +1,7 @@
 """From arrays to pictures: mosaics, curves and a film, on disk and, where there is a screen, in windows.
 
-The windows belong to a child process that shows the files as they change. OpenCV ends a process that has no screen,
-or loses it, without an exception; the child process keeps that away from the training.
+The windows belong to a child process that shows the files as they change: OpenCV ends a process that has no screen, or
+loses it, without an exception.
 """
 import glob
 import os
@@ -66,8 +66,7 @@ def by_class(X, classes, num_classes, rows=None):
 def visual(title, X, out='out', display=True, classes=None, num_classes=0):
     """Show images as a mosaic with `show_picture`: `tile`'s X, with `classes` (n,) as a table of `by_class`.
 
-    At most 256 images are shown: the first ones, with `classes` the first ones of each class, as many of each. Of more
-    than 256 classes not each has a place: then the images are shown in their own order.
+    At most 256 images are shown: the first ones, and of up to 256 classes the first ones of each, as many of each.
     """
     if classes is None or num_classes > MOST_IMAGES:
         picture = tile(X[:MOST_IMAGES])
@@ -79,10 +78,7 @@ def visual(title, X, out='out', display=True, classes=None, num_classes=0):
 
 
 def show_picture(title, picture, out='out', display=True):
-    """Write a BGR picture to `<out>/<title>.png` and show it in a window, where one can open.
-
-    What fails is said once and does not end the run; the next picture is tried anew.
-    """
+    """Write a BGR picture to `<out>/<title>.png`, and show it in a window if one can open. What fails is said once."""
     try:
         os.makedirs(out, exist_ok=True)
         save(os.path.join(out, f'{title}.png'), picture)
