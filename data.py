@@ -6,13 +6,13 @@ import contextlib
 import ctypes
 import glob
 import gzip
+import hashlib
 import importlib.util
 import math
 import os
 import socket
 import struct
 import sys
-import tempfile
 import unittest.mock
 import warnings
 import zlib
@@ -449,36 +449,33 @@ def _small_jpeg(path):
 
 
 def _write_records(file, paths, labels):
-    """Write the pictures that can be read as RecordIO, in a random order; returns how many, and names the others."""
-    kept = []
-    with tempfile.TemporaryFile(dir=os.path.dirname(file.name)) as unsorted, \
-            ThreadPoolExecutor(joblib.cpu_count()) as pool, \
-            contextlib.closing(pool.map(_small_jpeg, paths)) as jpegs:  # after Ctrl-C no more begin
+    """Write the pictures that can be read as RecordIO; returns how many, and names the others."""
+    kept = 0
+    # closing: after Ctrl-C no more begin
+    with ThreadPoolExecutor(joblib.cpu_count()) as pool, contextlib.closing(pool.map(_small_jpeg, paths)) as jpegs:
         for done, (path, label, jpeg) in enumerate(zip(paths, labels, jpegs), 1):
             if jpeg:
-                kept.append((label, unsorted.tell(), len(jpeg)))
-                unsorted.write(jpeg)
-            elif done - len(kept) <= 10:
+                kept += 1
+                record = mx.recordio.pack(mx.recordio.IRHeader(0, label, 0, 0), jpeg)
+                file.write(MAGIC + struct.pack('<I', len(record)) + record + bytes(-len(record) % 4))
+            elif done - kept <= 10:
                 print(f'skipped, damaged or no picture that OpenCV can read: {path}', flush=True)
             if done % 1000 == 0:
                 print(f'... {done} of {len(paths)}', flush=True)
-        for i in np.random.RandomState(1234).permutation(len(kept)):  # of the pictures alone, whatever else is there
-            label, start, length = kept[i]
-            unsorted.seek(start)
-            record = mx.recordio.pack(mx.recordio.IRHeader(0, label, 0, 0), unsorted.read(length))
-            file.write(MAGIC + struct.pack('<I', len(record)) + record + bytes(-len(record) % 4))
-    print(f'{len(kept)} pictures packed, {len(paths) - len(kept)} files skipped', flush=True)
-    return len(kept)
+    print(f'{kept} pictures packed, {len(paths) - kept} files skipped', flush=True)
+    return kept
 
 
 def _pack(folder, out, workers):
     """Pack a folder's pictures into a .rec, if that is not done yet; returns its path and the classes' names."""
     inside = glob.iglob(f'{glob.escape(folder)}/**', recursive=True)  # leaves out what is hidden
-    files = sorted(path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/'))
+    files = [path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/')]
+    # a random order, which the pictures keep whatever else is there
+    files.sort(key=lambda path: hashlib.sha256(os.fsencode(path[len(folder):])).digest())
     names = [os.path.relpath(path, folder) for path in files]
     # a class is a sub-folder, with all that is below it; '' has the pictures that are in none
     classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in names], return_inverse=True)
-    state = [(name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files)]
+    state = sorted((name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files))
     parent, base = os.path.split(folder)
     stem = os.path.join(parent if os.access(parent, os.W_OK) else out, f'{base}-dcgan-')
     path = f'{stem}{zlib.crc32(repr(state).encode()):08x}.rec'  # of a folder that has changed it is another
