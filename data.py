@@ -1,21 +1,18 @@
 """What the networks are fed and measured with: MNIST, the digits, photos, latent vectors, and a judge of digits.
 
-This module prepares MXNet and is the first to import it. The training set stays uint8, 64x64 with one channel, until
-`PixelIter` turns it into float32, batch by batch, on the device.
+This module prepares MXNet and is the first to import it.
 """
 import contextlib
 import ctypes
 import glob
 import gzip
+import hashlib
 import importlib.util
 import math
-import mmap
 import os
 import socket
 import struct
 import sys
-import tempfile
-import time
 import unittest.mock
 import warnings
 import zlib
@@ -48,12 +45,12 @@ try:
 
     def getattr_for_mxnet(name):
         """Answer MXNet alone for names that it reads at import and NumPy has taken away; it uses only `bool` later."""
-        if sys._getframe(1).f_globals.get('__name__', '').split('.')[0] != 'mxnet' or name[:2] == '__':
-            return true_getattr(name)
         try:
-            return bool if name == 'bool' else true_getattr(name)
+            return true_getattr(name)
         except AttributeError:
-            return None
+            if sys._getframe(1).f_globals.get('__name__', '').split('.')[0] != 'mxnet' or name[:2] == '__':
+                raise
+            return bool if name == 'bool' else None
 
     # what a person has set stays; of the physical cores MXNet by itself would take half
     os.environ.setdefault('OMP_NUM_THREADS', str(joblib.cpu_count(only_physical_cores=True)))
@@ -80,7 +77,7 @@ try:
         try:
             if host:  # MXNet's parameter server understands an IPv4 address alone
                 os.environ['DMLC_PS_ROOT_URI'] = address = socket.gethostbyname(host)
-                if address.startswith('127.') and host != address and host != 'localhost':  # as Debian has its own name
+                if address.startswith('127.') and host not in (address, 'localhost'):  # as Debian has its own name
                     print(f'WARNING: {host} is {address} here, which other machines cannot reach: set its address',
                           file=sys.stderr)
         except (OSError, UnicodeError):
@@ -164,10 +161,16 @@ def get_mnist(path='', labels=False):
         X, y = _from_openml()
         return _prepare(X, y, len(X) * 6 // 7, labels)  # 60,000 of 70,000
     prefix = _find_set(path)
-    (X_train, y_train), (X_test, y_test) = _read_part(prefix, 'train'), _read_part(prefix, 't10k', 'test')
     emnist = os.path.basename(prefix).startswith('emnist')  # its images lie transposed
-    X = [image.T if emnist else image for images in (X_train, X_test) for image in images]
-    return _prepare(X, np.concatenate([y_train, y_test]), len(X_train), labels)
+    X, y = [], []
+    for parts in ['train'], ['t10k', 'test']:
+        images, classes = _read_idx(prefix, parts, 'images', 3), _read_idx(prefix, parts, 'labels', 1)
+        if len(classes) != len(images):
+            raise ValueError(f'{prefix}{parts[0]}-labels-idx1-ubyte: {len(classes)} labels for {len(images)} images; '
+                             'take both files from one download')
+        X.extend(image.T if emnist else image for image in images)
+        y.append(classes)
+    return _prepare(X, np.concatenate(y), len(y[0]), labels)
 
 
 def get_digits(labels=False):
@@ -200,36 +203,23 @@ def _find_set(path):
     return sets[0]
 
 
-def _read_part(prefix, *parts):
-    """Images (n, height, width) and labels (n,) of one part, which has one of the names `parts`, uint8."""
-    arrays = []
-    for what, ndim in ('images', 3), ('labels', 1):
-        paths = [f'{prefix}{part}-{what}{dot}idx{ndim}-ubyte{gz}'
-                 for part in parts for dot in '-.' for gz in ('', '.gz')]
-        path = next(filter(os.path.isfile, paths), None)
-        if not path:
-            raise FileNotFoundError(f"{paths[0]}[.gz]: no such file; mnist_path must name the folder with MNIST's "
-                                    'four IDX files, or the folder and what their names begin with')
-        arrays.append(_read_idx(path, what, ndim))
-    images, labels = arrays
-    if len(labels) != len(images):
-        raise ValueError(f'{path}: {len(labels)} labels for {len(images)} images; take both files from one download')
-    return images, labels
-
-
-def _read_idx(path, what, ndim):
-    """One IDX file (format: LeCun's MNIST page, "FILE FORMATS"), gzipped or not, as uint8 of `ndim` dimensions."""
+def _read_idx(prefix, parts, what, ndim):
+    """The IDX file (LeCun's MNIST page, "FILE FORMATS") of a part by one of its names: uint8 of `ndim` dimensions."""
+    paths = [f'{prefix}{part}-{what}{dot}idx{ndim}-ubyte{gz}' for part in parts for dot in '-.' for gz in ('', '.gz')]
+    path = next(filter(os.path.isfile, paths), None)
+    if not path:
+        raise FileNotFoundError(f"{paths[0]}[.gz]: no such file; mnist_path must name the folder with MNIST's four IDX "
+                                'files, or the folder and what their names begin with')
     with open(path, 'rb') as file:
         content = file.read()
     try:
         if content[:2] == b'\x1f\x8b':
             content = gzip.decompress(content)
         magic, *shape = struct.unpack_from(f'>{1 + ndim}I', content)
-        if magic != 0x800 + ndim:
-            raise ValueError(f'no IDX file of {what}: its magic number is {magic:#x}, not {0x800 + ndim:#x}')
         begin = 4 * (1 + ndim)
-        if 0 in shape or len(content) != begin + math.prod(shape):
-            raise ValueError(f'empty, cut short, or with bytes left over: its header promises {shape}')
+        if magic != 0x800 + ndim or 0 in shape or len(content) != begin + math.prod(shape):
+            raise ValueError(f'no IDX file of {what}, empty, cut short, or with bytes left over: its header says '
+                             f'{magic:#x} {shape}')
     except (ValueError, EOFError, struct.error, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f'{path}: wrong or damaged file ({error}); fetch it again') from None
     return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
@@ -330,12 +320,12 @@ ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'`\x82'}  # a JPEG's and a PNG's la
 class ImagenetIter(mx.io.DataIter):
     """Batches of pictures from a .rec, without end: random crop and mirror, float32 in [-1, 1]; threads decode ahead.
 
-    `path` is a RecordIO file, which is looked at first; `data_shape`: (3 or 1, height, width); `ctx`: where the batches
-    are wanted; `num_parts`, `part_index`: this worker's share, as large as every other's; `augment` False: the largest
-    square in the middle, not mirrored; `conditional`: the records' labels are classes.
+    `path` is a RecordIO file; `data_shape`: (3 or 1, height, width); `ctx`: where the batches are wanted; `num_parts`,
+    `part_index`: this worker's share, as large as every other's; `augment` False: the largest square in the middle, not
+    mirrored; `conditional`: the records' labels are classes.
     Yields mx.io.DataBatch with data [(batch_size,) + data_shape] and, if conditional, [(batch_size,) float32 classes]
-    after it, in the file's order, and after its end from its start.
-    Raises OSError and ValueError as `_check_rec`, and ValueError for fewer pictures than a batch.
+    after it, in the file's order. Raises OSError where there is no such file, ValueError where it is cut short or no
+    RecordIO file, where a record is no picture, and where it has fewer pictures than a batch.
     """
 
     def __init__(self, path, batch_size, data_shape, ctx=None, num_parts=1, part_index=0, augment=True,
@@ -379,9 +369,10 @@ class ImagenetIter(mx.io.DataIter):
     def _load(self, number, random):
         """A picture of the file as uint8 `data_shape`, cropped and mirrored by four numbers from 0 to 1."""
         start, end = self.starts[number:number + 2]
-        image = _picture_of(os.pread(self.file.fileno(), end - start, start))
-        if image is None:
-            raise ValueError(f'{self.path}: the picture in record {number} is damaged; make the file again')
+        try:
+            image = _decode(_record(os.pread(self.file.fileno(), end - start, start))[1])
+        except (struct.error, ValueError, cv2.error):
+            raise ValueError(f'{self.path}: the picture in record {number} is damaged; make the file again') from None
         shrink, down, right, mirror = random if self.augment else (1, 0.5, 0.5, 1)
         height, width, _ = image.shape
         side = round(min(height, width) * (0.75 + 0.25 * shrink))  # as published: 192 to 256 of 256 pixels
@@ -396,55 +387,36 @@ class ImagenetIter(mx.io.DataIter):
 
 
 def _check_rec(path):
-    """Where each record of a .rec begins, and the end, int64 (n + 1,), and the records' labels, float32 (n,).
-
-    A picture with the first and last bytes of a JPEG or PNG is not decoded. Raises OSError where there is no such file,
-    ValueError where it is cut short or no RecordIO file, or where a record is no picture.
-    """
+    """Where each record of a .rec begins, and the end, int64 (n + 1,), and the records' labels, float32 (n,)."""
     if not os.path.isfile(path) or not os.path.getsize(path):
         raise FileNotFoundError(f'{path}: no such file, or empty; imgnet_path must name a folder of pictures or a .rec')
-    starts, labels, kind, end = [], [], 0, 0
-    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for kind, start, end in _parts(content):
-            if kind < 2:
-                starts.append(start - 8)
-                # MXNet's header, 24 bytes: the number of further labels, the label, two numbers; then these labels
-                flag, label, first = struct.unpack('<If16xf', content[start:start + 28].ljust(28, b'\0'))
-                labels.append(first if flag else label)
-                picture = start + 24 + 4 * flag
-            if not starts:  # a part without its beginning
-                break
-            if kind == 0 and ENDS.get(content[picture:picture + 2]) == content[end - 2:end]:
-                continue
-            if kind in (0, 3) and end <= len(content) and _picture_of(content[starts[-1]:end]) is None:
-                insightface = 'a header without a picture, as InsightFace has'
-                problem = insightface if end == picture else 'no picture, or a damaged one'
-                raise ValueError(f'{path}: record {len(starts) - 1} is {problem}; make the .rec without it, or set '
-                                 'imgnet_path to a folder of pictures')
-        size = len(content)
-    end += -end % 4
-    if end != size or kind in (1, 2):
-        raise ValueError(f'{path}: cut short or no RecordIO file, after {len(starts)} records; make it again, or set '
-                         'imgnet_path to a folder of pictures')
-    starts.append(end)
+    content = np.memmap(path, mode='r').data  # what is not looked at is not read
+    starts, labels = [0], []
+    while starts[-1] < len(content):
+        try:
+            header, picture, end = _record(content, starts[-1])
+            if ENDS.get(bytes(picture[:2])) != picture[-2:]:  # to decode them all would take long
+                _decode(picture)
+        except (struct.error, ValueError, cv2.error) as error:
+            raise ValueError(f"{path}: record {len(labels)} is damaged or no picture, as InsightFace's first "
+                             f'({last_line(error)}); make the .rec again, or set imgnet_path to a folder') from None
+        labels.append(header.label[0] if header.flag else header.label)
+        starts.append(end)
     return np.array(starts), np.array(labels, np.float32)
 
 
-def _parts(content):
-    """Yield the kind of each of RecordIO's parts of records, and where its data begin and end."""
-    at = 0
-    while content[at:at + 4] == MAGIC and at + 8 <= len(content):
-        kind, length = divmod(struct.unpack('<I', content[at + 4:at + 8])[0], 1 << 29)
-        yield kind, at + 8, at + 8 + length  # kind 0: a whole record; 1, 2, 3: its first, further and last parts
-        at += 8 + length + -length % 4
-
-
-def _picture_of(record):
-    """A record with all its parts -> its picture, as `_decode` gives it; None if it cannot be read."""
-    try:
-        return _decode(mx.recordio.unpack(MAGIC.join(record[start:end] for _, start, end in _parts(record)))[1])
-    except (struct.error, ValueError, cv2.error):  # also of a record that is shorter than its header says
-        return None
+def _record(content, start=0):
+    """The record that begins at `start` of a RecordIO file: MXNet's header, the picture's bytes, and where it ends."""
+    parts, kind = [], 1
+    while kind in (1, 2):  # 0: a whole record; 1, 2, 3: its first, further and last parts
+        magic, number = struct.unpack_from('<4sI', content, start)
+        kind, length = divmod(number, 1 << 29)
+        parts.append(content[start + 8:start + 8 + length])
+        start += 8 + length + -length % 4
+        if magic != MAGIC or start > len(content):
+            raise ValueError('cut short or no RecordIO file')
+    header, picture = mx.recordio.unpack(MAGIC.join(parts) if len(parts) > 1 else parts[0])
+    return header, picture, start
 
 
 def _decode(content):
@@ -468,9 +440,8 @@ def _small_jpeg(path):
     try:
         with open(path, 'rb') as file:
             image = _decode(file.read(1 << 28))  # no more of a film that lies among the pictures
-        height, width, _ = image.shape
-        shrink = min(1, 256 / min(height, width))
-        image = cv2.resize(image, (round(width * shrink), round(height * shrink)), interpolation=cv2.INTER_AREA)
+        shrink = min(1, 256 / min(image.shape[:2]))
+        image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
         encoded, jpeg = cv2.imencode('.jpg', image)
         return jpeg.tobytes() if encoded else None  # it may be longer than a JPEG can be
     except (OSError, ValueError, cv2.error):
@@ -478,45 +449,36 @@ def _small_jpeg(path):
 
 
 def _write_records(file, paths, labels):
-    """Write the pictures that can be read as RecordIO, in a random order; returns how many, and names the others."""
-    said, kept = time.monotonic(), []
-    with tempfile.TemporaryFile(dir=os.path.dirname(file.name)) as unsorted, \
-            ThreadPoolExecutor(joblib.cpu_count()) as pool, \
-            contextlib.closing(pool.map(_small_jpeg, paths)) as jpegs:  # after Ctrl-C no more begin
-        for done, (path, label, jpeg) in enumerate(zip(paths, labels, jpegs)):
-            if time.monotonic() - said > 3:
-                said = time.monotonic()
-                print(f'... {done} of {len(paths)}', flush=True)
+    """Write the pictures that can be read as RecordIO; returns how many, and names the others."""
+    kept = 0
+    # closing: after Ctrl-C no more begin
+    with ThreadPoolExecutor(joblib.cpu_count()) as pool, contextlib.closing(pool.map(_small_jpeg, paths)) as jpegs:
+        for done, (path, label, jpeg) in enumerate(zip(paths, labels, jpegs), 1):
             if jpeg:
-                kept.append((label, unsorted.tell(), len(jpeg)))
-                unsorted.write(jpeg)
-            elif done - len(kept) < 10:
+                kept += 1
+                record = mx.recordio.pack(mx.recordio.IRHeader(0, label, 0, 0), jpeg)
+                file.write(MAGIC + struct.pack('<I', len(record)) + record + bytes(-len(record) % 4))
+            elif done - kept <= 10:
                 print(f'skipped, damaged or no picture that OpenCV can read: {path}', flush=True)
-        for i in np.random.RandomState(1234).permutation(len(kept)):  # of the pictures alone, whatever else is there
-            label, start, length = kept[i]
-            unsorted.seek(start)
-            record = mx.recordio.pack(mx.recordio.IRHeader(0, label, 0, 0), unsorted.read(length))
-            file.write(MAGIC + struct.pack('<I', len(record)) + record + bytes(-len(record) % 4))
-    print(f'{len(kept)} pictures packed, {len(paths) - len(kept)} files skipped', flush=True)
-    return len(kept)
+            if done % 1000 == 0:
+                print(f'... {done} of {len(paths)}', flush=True)
+    print(f'{kept} pictures packed, {len(paths) - kept} files skipped', flush=True)
+    return kept
 
 
 def _pack(folder, out, workers):
-    """Pack a folder's pictures into a .rec, if that is not done yet; returns its path and the classes' names.
-
-    It lies beside the folder, or in `out` where that cannot be. Its name has a checksum of the files' names, sizes and
-    times, and it is there whole or not at all.
-    """
+    """Pack a folder's pictures into a .rec, if that is not done yet; returns its path and the classes' names."""
     inside = glob.iglob(f'{glob.escape(folder)}/**', recursive=True)  # leaves out what is hidden
-    files = sorted(path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/'))
+    files = [path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/')]
+    # a random order, which the pictures keep whatever else is there
+    files.sort(key=lambda path: hashlib.sha256(os.fsencode(path[len(folder):])).digest())
     names = [os.path.relpath(path, folder) for path in files]
     # a class is a sub-folder, with all that is below it; '' has the pictures that are in none
     classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in names], return_inverse=True)
-    state = [(name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files)]
-    checksum = f'{zlib.crc32(repr(state).encode()):08x}'
+    state = sorted((name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files))
     parent, base = os.path.split(folder)
     stem = os.path.join(parent if os.access(parent, os.W_OK) else out, f'{base}-dcgan-')
-    path = f'{stem}{checksum}.rec'
+    path = f'{stem}{zlib.crc32(repr(state).encode()):08x}.rec'  # of a folder that has changed it is another
     if os.path.exists(path):
         return path, classes
     if workers > 1:
@@ -534,15 +496,14 @@ def _pack(folder, out, workers):
         except BaseException:
             os.remove(file.name)
             raise
-    for old in set(glob.glob(glob.escape(stem) + '[0-9a-f]' * len(checksum) + '.rec*')) - {path}:
+    for old in set(glob.glob(glob.escape(stem) + '[0-9a-f]' * 8 + '.rec*')) - {path}:
         os.remove(old)  # of the folder as it was, or what a start that was killed has left
     return path, classes
 
 
 def load_pictures(s, rank=0, workers=1):
     """An `ImagenetIter` over this worker's share of `s.imgnet_path`: a .rec, or a folder, which is packed into one.
-
-    Prints the classes, if `s.conditional`. Raises ValueError and OSError as `ImagenetIter`, and where it cannot pack.
+    Raises ValueError and OSError as that does, and where it cannot pack.
     """
     path, folder = s.imgnet_path, os.path.isdir(s.imgnet_path)
     if folder:
@@ -558,10 +519,8 @@ def load_pictures(s, rank=0, workers=1):
 
 
 def load_data(s, rank=0, workers=1):
-    """The data that the settings `s` ask for.
-
-    Returns its name, the iterator over this worker's share, and, of digits, what `Coverage` takes, else None.
-    Raises OSError and ValueError as `get_mnist` and `ImagenetIter` do, and where a share is smaller than a batch.
+    """The name of the data that the settings `s` ask for, an iterator over this worker's share, and, of digits, what
+    `Coverage` takes, else None. Raises OSError and ValueError as `get_mnist`, `load_pictures` and the iterators.
     """
     if s.dataset == 'imagenet':
         return s.dataset, load_pictures(s, rank, workers), None
@@ -594,34 +553,23 @@ class Coverage:
         passes = min(66, max(3, 720_000 // len(X)))  # 12 over MNIST
         classifier = MLPClassifier((256,), batch_size=min(128, len(X)), max_iter=passes, random_state=0)
         print('a classifier learns the real images, to judge the generated ones; up to a minute ...', flush=True)
+        features = np.concatenate([  # never many of the images as floats
+            _features(X[i:i + 100, 0] / np.float32(127.5) - 1) for i in range(0, len(X), 100)])
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that it could go on learning
             warnings.filterwarnings('error', 'Training interrupted')  # scikit-learn would swallow a Ctrl-C
             try:
-                self.classifier = classifier.fit(_features(_scaled(X))[0], y)
+                self.classifier = classifier.fit(features, y)
             except UserWarning:
                 raise KeyboardInterrupt from None
-        row, self.real = self.look(_scaled(X[:2 * self.num_images:2]))
-        self.real_median, self.floor = row['median'], None
-        if len(X) >= 2000:
-            self.floor = frechet_distance(self.real, self.look(_scaled(X[1:2 * self.num_images:2]))[1])
+        some, others = features[:2 * self.num_images:2], features[1:2 * self.num_images:2]
+        self.real, self.real_median = self._answers(some), int(np.median(X[:2 * self.num_images:2]))
+        self.floor = frechet_distance(self.real, self._answers(others)) if len(X) >= 2000 else None
 
-    def look(self, batches):
-        """`count`'s row without 'fd'; and the mean (256,) and covariance (256, 256) of the hidden layer's answers."""
-        from scipy.stats import entropy
-        features, asked, median = _features(batches)
+    def _answers(self, features):
+        """The mean (256,) and covariance (256, 256) of the hidden layer's answers."""
         hidden = np.maximum(features @ self.classifier.coefs_[0] + self.classifier.intercepts_[0], 0).astype(float)
-        num_classes = len(self.class_names)
-        probability = self.classifier.predict_proba(features)[:, :num_classes]  # it makes two of a single class
-        classes = probability.argmax(axis=1)
-        shares, real = (np.bincount(labels, minlength=num_classes) / len(labels) for labels in (classes, self.y))
-        row = {f'share_{name}': share for name, share in zip(self.class_names, shares)}
-        row.update(digits=int((shares >= real / 10).sum()), confidence=float(probability.max(axis=1).mean()),
-                   kl=entropy(shares, real), median=median)
-        if asked is not None:
-            right = classes == asked
-            row.update(asked=right.mean(), asked_worst=min(right[asked == wanted].mean() for wanted in set(asked)))
-        return row, (hidden.mean(axis=0), np.cov(hidden, rowvar=False))
+        return hidden.mean(axis=0), np.cov(hidden, rowvar=False)
 
     def count(self, batches):
         """Judge generated images. `batches` yields (images, asked): images (k, nc, 64, 64) float in [-1, 1], and (k,)
@@ -632,27 +580,31 @@ class Coverage:
         'median': the median pixel, 0..255, 'fd': the Fréchet distance from real images, or None as `floor`}, and where
         classes were asked for, 'asked' and 'asked_worst': the share of these that were made, of all and of the worst.
         """
-        row, normal = self.look(batches)
-        return {**row, 'fd': None if self.floor is None else frechet_distance(self.real, normal)}
+        from scipy.stats import entropy
+        features, pixels, asked = [], [], []
+        for images, classes in batches:  # what is kept is small: they are never all there as floats
+            grey = images.mean(axis=1)  # of the channels
+            features.append(_features(grey))
+            pixels.append(np.rint((grey + 1) * 127.5).astype(np.uint8))
+            asked.append(classes)
+        features, num_classes = np.concatenate(features), len(self.class_names)
+        probability = self.classifier.predict_proba(features)[:, :num_classes]  # it makes two of a single class
+        classes = probability.argmax(axis=1)
+        shares, real = (np.bincount(labels, minlength=num_classes) / len(labels) for labels in (classes, self.y))
+        row = {f'share_{name}': share for name, share in zip(self.class_names, shares)}
+        row.update(digits=int((shares >= real / 10).sum()), confidence=float(probability.max(axis=1).mean()),
+                   kl=entropy(shares, real), median=int(np.median(np.concatenate(pixels))))
+        if asked[0] is not None:
+            asked = np.concatenate(asked)
+            right = classes == asked
+            row.update(asked=right.mean(), asked_worst=min(right[asked == wanted].mean() for wanted in set(asked)))
+        row['fd'] = None if self.floor is None else frechet_distance(self.real, self._answers(features))
+        return row
 
 
-def _scaled(X):
-    """Real images as `count` wants them, never many as floats at once."""
-    return ((X[i:i + 100] / np.float32(127.5) - 1, None) for i in range(0, len(X), 100))
-
-
-def _features(batches):
-    """What is kept of `count`'s batches: means of 4x4 pixels (n, 256), the classes asked for, the median pixel. Of
-    several channels it is their mean.
-    """
-    features, asked, levels = [], [], np.zeros(256, int)
-    for images, classes in batches:
-        grey = images.mean(axis=1)
-        features.append(grey.reshape(-1, 16, 4, 16, 4).mean(axis=(2, 4)).reshape(-1, 256))
-        asked.append(classes)
-        levels += np.bincount(np.rint((grey + 1) * 127.5).astype(np.uint8).ravel(), minlength=256)
-    asked = None if asked[0] is None else np.concatenate(asked)
-    return np.concatenate(features), asked, int(np.searchsorted(levels.cumsum(), levels.sum() / 2))
+def _features(grey):
+    """What the classifier sees of grey images (n, 64, 64): the means of 4x4 pixels, (n, 256)."""
+    return grey.reshape(-1, 16, 4, 16, 4).mean(axis=(2, 4)).reshape(-1, 256)
 
 
 def frechet_distance(a, b):

@@ -1,11 +1,10 @@
 """From arrays to pictures: mosaics, curves and a film, on disk and, where there is a screen, in windows.
 
-The windows belong to a child process that shows the files as they change. OpenCV ends a process that has no screen,
-or loses it, without an exception; the child process keeps that away from the training.
+The windows belong to a child process that shows the files as they change: OpenCV ends a process that has no screen, or
+loses it, without an exception.
 """
 import glob
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -36,9 +35,8 @@ def tile(X, columns=None):
     rows = -(-n // columns)
     images = np.zeros((rows * columns, c, h, w), np.uint8)
     images[:n] = np.rint((np.minimum(np.fmax(X, -1), 1) + 1) * 127.5)  # fmax takes -1 for NaN
-    channels = images.reshape(rows, columns, c, h, w).transpose(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
-    red, green, blue = channels if c == 3 else (channels[0],) * 3
-    return cv2.merge([blue, green, red])
+    mosaic = images.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+    return cv2.cvtColor(mosaic, cv2.COLOR_RGB2BGR if c == 3 else cv2.COLOR_GRAY2BGR)
 
 
 def columns_for(num_classes):
@@ -50,9 +48,9 @@ def by_class(X, classes, num_classes, rows=None):
     """A table of images with a class in each column, which `tile(table, columns_for(num_classes))` draws.
 
     `X` is float (n, c, height, width), `classes` (n,) integers below num_classes. Class k is in column k % 16 of block
-    k // 16, and few classes have several columns each, in turn. A block has `rows` rows, by default as many as the n
-    images fill. A place without an image is black; images for which a class has no place left are not shown.
-    Returns (places, c, height, width) of X's dtype, row by row.
+    k // 16; few classes have several columns each, in turn. A block has `rows` rows, by default what the n images fill;
+    what finds no place in them is left out. Returns (places, c, height, width) of X's dtype, row by row, -1 where there
+    is no image.
     """
     columns = columns_for(num_classes)
     repeats = max(1, columns // num_classes)
@@ -68,8 +66,7 @@ def by_class(X, classes, num_classes, rows=None):
 def visual(title, X, out='out', display=True, classes=None, num_classes=0):
     """Show images as a mosaic with `show_picture`: `tile`'s X, with `classes` (n,) as a table of `by_class`.
 
-    At most 256 images are shown: the first ones, with `classes` the first ones of each class, as many of each. Of more
-    than 256 classes not each has a place: then the images are shown in their own order.
+    At most 256 images are shown: the first ones, and of up to 256 classes the first ones of each, as many of each.
     """
     if classes is None or num_classes > MOST_IMAGES:
         picture = tile(X[:MOST_IMAGES])
@@ -81,21 +78,17 @@ def visual(title, X, out='out', display=True, classes=None, num_classes=0):
 
 
 def show_picture(title, picture, out='out', display=True):
-    """Write a BGR picture to `<out>/<title>.png` and show it in a window, where one can open.
-
-    What fails is said once and does not end the run; the next picture is tried anew.
-    """
+    """Write a BGR picture to `<out>/<title>.png`, and show it in a window if one can open. What fails is said once."""
     try:
         os.makedirs(out, exist_ok=True)
         save(os.path.join(out, f'{title}.png'), picture)
         if display and out not in _viewers:
             _start_viewer(out)
+        if display and (_viewers[out] is None or _viewers[out].poll() not in (None, 0, QUIT)):
+            why = f'{sys.executable} {__file__} {out}'
+            warn_once('window', f'no window can be shown here (why: {why}); the pictures are in {out}')
     except OSError as error:
         warn_once('write', f'WARNING: no picture can be written or shown ({error}); the run goes on')
-        return
-    if display and (_viewers[out] is None or _viewers[out].poll() not in (None, 0, QUIT)):
-        why = f'{sys.executable} {__file__} {out}'
-        warn_once('window', f'no window can be shown here (why: {why}); the pictures are in {out}')
 
 
 def save(path, picture):
@@ -112,8 +105,7 @@ def _write(path, content):
 def film(out):
     """Join the mosaics `gout-*.png` of a folder, in the order of their names, to `film.webp` of at most 3 MB.
 
-    It has up to 25 frames, evenly chosen, and fewer where these would be too large. Those of another size than the
-    newest and damaged ones are left out. What fails is said once.
+    It has up to 25 frames, evenly chosen, none damaged or of another size than the newest. What fails is said once.
     """
     paths = sorted(glob.glob(os.path.join(glob.escape(out), 'gout-*.png')))
     if not paths:
@@ -161,9 +153,8 @@ def plot(iterations, curves):
     _text(picture, 'iterations', (LEFT + RIGHT) / 2, 472)
     points = []  # of each curve: (2, how many are finite), where they lie in the picture
     for colour, values in zip(COLOURS, curves.values()):
-        finite = np.isfinite(values)
-        y = BOTTOM - np.clip(values[finite] * y_scale, 0, BOTTOM - TOP)
-        points.append(np.array([LEFT + iterations[finite] * x_scale, y]))
+        x, y = LEFT + iterations * x_scale, BOTTOM - np.clip(values * y_scale, 0, BOTTOM - TOP)
+        points.append(np.array([x, y])[:, np.isfinite(values)])
         _curve(picture, points[-1], 255 - (255 - colour) / 3, 1)
     n = max(1, len(iterations) // 50)
     for i, name in enumerate(curves):  # the strong lines come above all the pale ones
@@ -235,35 +226,31 @@ def _start_viewer(out):
 def _view(out):
     """Show the four pictures, and each again when its file changes, until q is pressed or the training has ended."""
     signal.alarm(20)  # a screen that does not answer by then counts as none
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # OpenCV aborts where there is no screen: no core file for that
     os.environ['QT_QPA_PLATFORM'] = 'xcb'  # OpenCV brings no other; desktops ask for Wayland's
     parent = os.getppid()
-    shown = {}     # title: the time of the file that its window shows
-    due = {}       # title: when it is drawn anew, for a window that was moved or covered may have stayed blank
-    placed = set()
+    opened = {}  # title: when its window opened
+    shown = {}   # title: the time of the file that its window shows, and how many seconds it was open when it was drawn
     while os.getppid() == parent:
         for title in TITLES:
             path = os.path.join(out, f'{title}.png')
             try:
-                changed = os.stat(path).st_mtime_ns
+                changed, now = os.stat(path).st_mtime_ns, time.monotonic()
                 closed = title in shown and cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) < 1
             except OSError:  # no picture yet, or its folder has been renamed
                 continue
             except cv2.error:  # a person has closed the last window, and Qt has ended
                 sys.exit(0)
-            again = time.monotonic() > due.get(title, 0)
-            picture = cv2.imread(path) if not closed and (again or changed != shown.get(title)) else None
+            # drawn anew in each second, for a window that was moved or covered may have stayed blank
+            state = changed, int(now - opened.setdefault(title, now))
+            picture = None if closed or state == shown.get(title) else cv2.imread(path)
             if picture is None:
                 continue
             if title not in shown:
                 cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
-            elif again and title not in placed:  # not at once: a window manager moves a window that opens
-                placed.add(title)
+            elif shown[title][1] == 0 < state[1]:  # not at once: a window manager moves a window that opens
                 _place(title, picture)
-            shown[title] = changed
-            if again:
-                due[title] = time.monotonic() + 1
             cv2.imshow(title, picture)
+            shown[title] = state
         if cv2.waitKey(50) & 0xff == QUIT:
             sys.exit(QUIT)
         if shown and signal.alarm(0):  # the first time: the screen has answered, tell the training
