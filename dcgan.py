@@ -55,7 +55,7 @@ class Settings:
     batch_size: int = 64           # real images in a step, and as many fakes
     lr: float = 0.0002             # Adam's learning rate after the head start
     head_start: int = 500          # so many first iterations have lr 0.001; published: 0
-    lr_steady: int = 4000          # digits: after so many iterations G's lr halves in every 2000; 0, published: never
+    lr_steady: int = 5000          # digits: after so many iterations G's lr halves in every 1250; 0, published: never
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
     pos_label: float = 0.9         # label of real images while D learns; published: 1.0
     average: float = 0.99          # decay of a mean of G's weights, which makes mosaics and samples; 0: G itself
@@ -125,7 +125,7 @@ def check(s):
             ('imgnet_path', 'photos', pictures, "dataset = 'imagenet'"),
             ('augment', True, pictures, "dataset = 'imagenet'"),
             ('head_start', 500, s.lr < 0.001, 'lr below 0.001'),
-            ('lr_steady', 4000, not pictures, "dataset = 'mnist' or 'digits'"),
+            ('lr_steady', 5000, not pictures, "dataset = 'mnist' or 'digits'"),
             ('kvstore', 'device', several, 'several devices'),
             ('digits', '', s.sample, 'sample'),
             ('plot', False, shutil.which('dot'), 'graphviz installed')):
@@ -315,7 +315,7 @@ def learning_rates(s, iteration):
         return s.lr, s.lr
     # At a steady lr G is lost some day. It keeps to what D teaches where it learns more slowly than D:
     # Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule" (arXiv 1706.08500).
-    return s.lr * 0.5 ** max(0, 2 * iteration / s.lr_steady - 2), s.lr
+    return s.lr * 0.5 ** max(0, 4 * iteration / s.lr_steady - 4), s.lr
 
 
 def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
