@@ -14,12 +14,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import TINY, newest, rows, stop_after, wait_for_line
+from conftest import ROOT, TINY, before_steps, cases, contents, ended, newest, rows, train_and_stop
 
 import dcgan
 import visual
@@ -66,10 +67,27 @@ def tiny(tmp_path):
 
 
 @pytest.fixture
-def child(child):
-    """The same in a process of its own, which does not ignore Ctrl-C, as jobs in the background do."""
-    usual = 'import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n'
-    return lambda before='', **changes: child(before=usual + FEW_DATA + before, **{**FEW, **changes})
+def child(tmp_path):
+    """Start a run in a process of its own, which is killed at the end, or when the test hangs."""
+    started = []
+
+    def start(before='', stdout=subprocess.PIPE, **changes):
+        settings = {**FEW, 'out': str(tmp_path / 'out'), **changes}
+        code = f'import dcgan\n{FEW_DATA}\n{before}\ndcgan.train(dcgan.Settings(**{settings!r}))'
+        started.append(subprocess.Popen([sys.executable, '-c', code], stdout=stdout, stderr=subprocess.PIPE, text=True,
+                                        cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ROOT}))
+        return started[-1]
+
+    def kill():
+        for process in started:
+            process.kill()
+            process.wait()
+
+    watchdog = threading.Timer(600, kill)
+    watchdog.start()
+    yield start
+    watchdog.cancel()
+    kill()
 
 
 @pytest.fixture(scope='module')
@@ -102,12 +120,6 @@ def stands(out):
     return about['epoch'], about['iteration']
 
 
-def contents(folder):
-    """{path: bytes} of the files in a folder and below it."""
-    paths = (path for path in pathlib.Path(folder).rglob('*') if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
 def metrics(out):
     """The log without what differs between two runs that are the same."""
     return [{name: float(cell or 'inf') for name, cell in row.items() if name not in ('seconds', 'images_per_second')}
@@ -133,34 +145,8 @@ def assert_same_run(found, expected, without='^$'):
     assert [path for path in files if files[path] != expected_files[path]] == []
 
 
-def ended(s):
-    """Train, and return what a process would end with: its status, or one line."""
-    with pytest.raises(SystemExit) as caught:
-        dcgan.train(s)
-    assert '\n' not in str(caught.value.code)
-    return caught.value.code
-
-
-def train_and_stop(s, steps):
-    """Train, and stop at the next line after so many steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, steps)
-        assert ended(s) == 143
-
-
 def warnings(out):
     return [line for line in out.splitlines() if line.startswith('WARNING')]
-
-
-def before_steps(monkeypatch, actions):
-    """Have a run in this process call actions[n] before its n-th step from now, the first being 1."""
-    step, count = dcgan.train_step, itertools.count(1)
-
-    def counted(*args):
-        actions.get(next(count), lambda: None)()
-        return step(*args)
-
-    monkeypatch.setattr(dcgan, 'train_step', counted)
 
 
 _on_disk = []  # what is called before Python opens a file to write, renames or removes one, or makes a folder
@@ -493,48 +479,33 @@ def test_killed_at_each_step_of_going_on(copy, finished):
     assert_same_run(copy.out, finished.out)
 
 
-KILLS = {'in a state': ('np.lib.format', 'write_array', 300), 'in parameters': ('dcgan.mx.nd', 'save', 4),
-         'in a picture': ('dcgan.visual.cv2', 'imencode', 9), 'in a step': ('dcgan', 'train_step', 18)}
-
-
 def test_killed_in_earnest(child, finished, tmp_path):
     """By SIGKILL: what lies in buffers is lost, and so is the lock."""
-    processes = [child(out=str(tmp_path / where), before=f"""
+    kills = {'np.lib.format.write_array': 300, 'dcgan.mx.nd.save': 4, 'dcgan.visual.cv2.imencode': 9,
+             'dcgan.train_step': 18}
+    processes = [child(out=str(tmp_path / function), before=f"""
 import itertools, os
-count, function = itertools.count(1), {owner}.{name}
+count, function = itertools.count(1), {function}
 def deadly(*args, **kwargs):
     found = function(*args, **kwargs)
     if next(count) == {n}:
         os.kill(os.getpid(), 9)
     return found
-{owner}.{name} = deadly
-""") for where, (owner, name, n) in KILLS.items()]
-    for process, where in zip(processes, KILLS):
-        _, err = process.communicate(timeout=600)
-        assert process.returncode == -signal.SIGKILL, (where, err)
-        dcgan.train(replace(finished, out=str(tmp_path / where), resume='latest'))
-        assert_same_run(tmp_path / where, finished.out)
+{function} = deadly
+""") for function, n in kills.items()]
+    for process, function in zip(processes, kills):
+        assert process.wait(timeout=600) == -signal.SIGKILL, process.stderr.read()
+        dcgan.train(replace(finished, out=str(tmp_path / function), resume='latest'))
+        assert_same_run(tmp_path / function, finished.out)
 
 
 # ---------------------------------------------------------------- signals
-
-@contextlib.contextmanager
-def handler(signum, what=signal.default_int_handler):
-    """A job in the background ignores INT, and one that nohup has started ignores HUP: the tests may be such a job."""
-    before = signal.signal(signum, what)
-    try:
-        yield
-        assert signal.getsignal(signum) == what
-    finally:
-        signal.signal(signum, before)
-
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(tiny, finished, capsys, monkeypatch, signum):
     """Two signals within half a second are one, for `timeout` sends two. The process may go on, as a notebook does."""
     before_steps(monkeypatch, {12: lambda: (signal.raise_signal(signum), signal.raise_signal(signum))})
-    with handler(signum):
-        assert ended(tiny()) == 128 + signum
+    assert ended(tiny()) == 128 + signum
     out = capsys.readouterr().out
     assert out.count('stopping at the next line') == 1
     last = out.splitlines()[-1]
@@ -547,16 +518,17 @@ def test_a_signal_saves_and_says_how_to_go_on(tiny, finished, capsys, monkeypatc
 def test_nohup(tiny, finished, monkeypatch):
     """A lost terminal does not stop a run that nohup has started."""
     before_steps(monkeypatch, {12: lambda: signal.raise_signal(signal.SIGHUP)})
-    with handler(signal.SIGHUP, signal.SIG_IGN):
-        dcgan.train(tiny())
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    dcgan.train(tiny())
+    assert signal.signal(signal.SIGHUP, signal.SIG_DFL) == signal.SIG_IGN
     assert_same_run(tiny().out, finished.out)
 
 
 def test_a_second_signal_ends_at_once(child, tmp_path):
     process = child(before='dcgan.train_step = lambda *args: print("hanging") or dcgan.time.sleep(1000)')
-    wait_for_line(process, 'hanging')
+    assert any('hanging' in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
-    wait_for_line(process, 'stopping')
+    assert any('stopping' in line for line in process.stdout)
     time.sleep(0.7)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130 and states(newest(tmp_path / 'out')) == []
@@ -565,16 +537,8 @@ def test_a_second_signal_ends_at_once(child, tmp_path):
 @pytest.mark.parametrize('owner, name', [(dcgan.data, 'load_data'), (dcgan, 'make_modules')])
 def test_ctrl_c_before_the_loop(tiny, capsys, monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda *args: signal.raise_signal(signal.SIGINT))
-    with handler(signal.SIGINT):
-        assert ended(tiny()) == 130
+    assert ended(tiny()) == 130
     assert capsys.readouterr().err == '' and not os.path.exists(tiny().out)
-
-
-def test_nothing_is_saved_without_check_point(tiny, capsys, monkeypatch):
-    stop_after(monkeypatch, 13)
-    assert ended(tiny(check_point=False)) == 143
-    assert not [name for name in names(newest(tiny().out)) if re.search('state|params|symbol|tmp', name)]
-    assert 'nothing was saved' in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_q_stops_one_run_and_not_the_next(tiny, finished, monkeypatch):
@@ -625,7 +589,7 @@ def test_ctrl_c_while_it_stops(tiny, monkeypatch, word):
 
     q = 'q was pressed' in word
     before_steps(monkeypatch, {11: lambda: monkeypatch.setattr(visual, 'quit_pressed', lambda: q)})
-    with contextlib.redirect_stdout(Pipe(word)), handler(signal.SIGINT), on_disk(ctrl_c):
+    with contextlib.redirect_stdout(Pipe(word)), on_disk(ctrl_c):
         assert ended(tiny()) == 130
     assert exits == [] and stands(tiny().out) == (1, 0)
 
@@ -639,7 +603,7 @@ def test_real_pipes_and_disks(child, tmp_path):
             ('none', writer, 999), ('goes', subprocess.PIPE, 999), ('tee', subprocess.PIPE, 999), ('disk', full, 2))]
     os.close(writer)
     for process in processes[1:3]:
-        wait_for_line(process, 'epoch:')
+        assert any(line.startswith('epoch:') for line in process.stdout)
         if process is processes[2]:
             process.send_signal(signal.SIGINT)
         process.stdout.close()
@@ -651,10 +615,22 @@ def test_real_pipes_and_disks(child, tmp_path):
 
 # ---------------------------------------------------------------- what goes wrong while saving
 
-@pytest.mark.parametrize('size', [0, 50_000, 100_000])
-def test_a_full_disk(tiny, finished, capsys, monkeypatch, size):
+def go(out):
+    os.rename(newest(out), newest(out) + '.away')
+    pathlib.Path(newest(out)[:-len('.away')]).touch()
+
+
+def come_back(out):
+    os.remove(newest(out)[:-len('.away')])
+    os.rename(newest(out), newest(out)[:-len('.away')])
+
+
+@cases('fail, mend', {
+    **{f'room for {size}': (lambda out, size=size: room(size), lambda out: room()) for size in (0, 50_000, 100_000)},
+    'the folder is gone': (go, come_back)})  # as where a network's disk does not answer
+def test_a_disk_that_fails_for_a_while(tiny, finished, capsys, monkeypatch, fail, mend):
     """All through the end of epoch 1. What was saved before stays whole, and what comes after is as always."""
-    before_steps(monkeypatch, {22: lambda: room(size), 23: room})
+    before_steps(monkeypatch, {22: lambda: fail(tiny().out), 23: lambda: mend(tiny().out)})
     dcgan.train(tiny())
     said = warnings(capsys.readouterr().out)
     assert sum('state-0002-000000.npz is not saved' in line for line in said) == 1 and len(said) <= 4
@@ -675,21 +651,6 @@ def test_a_disk_too_full_for_the_params(tiny, finished, capsys, monkeypatch):
     assert names(newest(tiny().out), '*-0001.params') == []
     dcgan.train(tiny(resume='latest'))
     assert_same_run(tiny().out, finished.out)
-
-
-def test_a_folder_that_is_gone_for_a_while(tiny, finished, capsys, monkeypatch):
-    """As where a network's disk does not answer."""
-    folder = []
-
-    def go():
-        folder.append(newest(tiny().out))
-        os.rename(folder[0], folder[0] + '.away')
-        open(folder[0], 'w').close()
-
-    before_steps(monkeypatch, {15: go, 23: lambda: (os.remove(folder[0]), os.rename(folder[0] + '.away', folder[0]))})
-    dcgan.train(tiny())
-    assert 'state-0002-000000.npz is not saved' in capsys.readouterr().out
-    assert_same_run(tiny().out, finished.out, without='-0001.p|film')
 
 
 def test_a_folder_that_is_renamed(tiny, finished, capsys, monkeypatch):
@@ -840,56 +801,39 @@ def test_a_state_with_other_contents(copy, change):
     assert path in line and re.search('no state to go on from|does not fit', line)
 
 
-@pytest.fixture(scope='module')
-def original(finished):
-    """The bytes of a state, and what is read of it."""
-    path = states(newest(finished.out))[-1]
-    return pathlib.Path(path).read_bytes(), dcgan.find_state(path)
-
-
-def assert_refused(folder, content, original=None):
-    """What is read of a file of such content is nothing, or just what is read of the original."""
-    path = folder / 'state-0003-000000.npz'
-    path.write_bytes(content)
-    try:
-        about, arrays = dcgan.find_state(path)
-    except ValueError as error:
-        assert str(path) in str(error) and '\n' not in str(error)
-        return
-    assert original and {**about, 'path': ''} == {**original[0], 'path': ''} and arrays.keys() == original[1].keys()
-    assert all(arrays[name].tobytes() == original[1][name].tobytes() for name in arrays)
-
-
-def test_a_state_that_was_cut_or_has_a_flipped_bit(original, tmp_path):
-    """All over the file, and most of all in the archive's directory at its end."""
-    content, expected = original
-    size = len(content)
+def damages(content):
+    """What may be left of a state's bytes: a part, all with a flipped bit or some others, or something else."""
+    size, random, starts = len(content), np.random.RandomState(1), [at.start() for at in re.finditer(b'PK', content)]
+    # all over the file, and most of all in the archive's directory at its end
     for place in {*range(0, 100, 3), *np.linspace(0, size - 1, 100).astype(int), *range(size - 8000, size, 61),
                   *range(size - 100, size)}:
-        flipped = bytes([content[place] ^ 1 << place % 8])
-        assert_refused(tmp_path, content[:place] + flipped + content[place + 1:], expected)
+        yield content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1:]
         if place % 3 == 0:
-            assert_refused(tmp_path, content[:place])
-    header = content.index(b"'shape': (", content.index(b'g1_weight')) + 9
-    assert_refused(tmp_path, content[:header] + b'(10000000000,1),' + content[header + 16:])  # many gigabytes
-
-
-def test_random_bytes(original, tmp_path):
-    """Alone, and in the headers of an archive: names, shapes and lengths are at the begin of each array."""
-    random, starts = np.random.RandomState(1), [match.start() for match in re.finditer(b'PK', original[0])]
-    for n in range(100):
-        assert_refused(tmp_path, random.bytes(3 * n))
-        content = bytearray(original[0])
-        start = random.choice(starts)
-        for place in start + random.randint(0, 250, n % 8):
-            content[place % len(content)] = random.randint(256)
-        assert_refused(tmp_path, bytes(content), original[1])
-
-
-def test_no_state_at_all(tmp_path):
-    """Strange JSON, and a pickle."""
-    assert_refused(tmp_path, pickle.dumps({}))
+            yield content[:place]
+    shape = content.index(b"'shape': (", content.index(b'g1_weight')) + 9
+    yield content[:shape] + b'(10000000000,1),' + content[shape + 16:]  # many gigabytes
+    for n in range(100):  # names, shapes and lengths are at the begin of each array
+        other = bytearray(content)
+        for place in random.choice(starts) + random.randint(0, 250, n % 8):
+            other[place % size] = random.randint(256)
+        yield bytes(other)
+        yield random.bytes(3 * n)
+    yield pickle.dumps({})
     for about in ('', '[', '[' * 100_000, '{"epoch": 1e999}', 'null', '[]', '3', '{}'):
         file = io.BytesIO()
         np.savez(file, about=about)
-        assert_refused(tmp_path, file.getvalue())
+        yield file.getvalue()
+
+
+def test_a_damaged_state_is_refused_or_read_as_it_was(copy):
+    path = pathlib.Path(states(newest(copy.out))[-1])
+    expected, expected_arrays = dcgan.find_state(path)
+    for content in damages(path.read_bytes()):
+        path.write_bytes(content)
+        try:
+            about, arrays = dcgan.find_state(path)
+        except ValueError as error:
+            assert str(path) in str(error) and '\n' not in str(error)
+        else:
+            assert about == expected and arrays.keys() == expected_arrays.keys()
+            assert all(arrays[name].tobytes() == expected_arrays[name].tobytes() for name in arrays)
