@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import data
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, cases, refused
 
 import dcgan
 
@@ -71,24 +72,22 @@ def library(name, module='mxnet', kind='OSError'):
     return failing(module, f"{kind}('{name}: cannot open shared object file: No such file or directory')")
 
 
-@pytest.mark.parametrize('fake, words', [
-    *((f"sys.modules['{name}'] = None", [name, 'pip install', 'tests/requirements.txt'])
-      for name in ('mxnet', 'joblib', 'numpy', 'cv2', 'sklearn')),
-    (failing('mxnet', 'ModuleNotFoundError("No module named \'requests\'", name="requests")'),
-     ['requests', 'pip install', 'tests/requirements.txt']),
-    ('sys.version_info = (3, 7, 17)', ['Python 3.8']),
-    ("import asyncio, shutil; sys.platform = 'win32'", ['WSL 2']),
-    (library('libgomp.so.1'), ['libgomp.so.1', 'apt-get install libgomp1 libquadmath0']),
-    (library('libquadmath.so.0'), ['libquadmath.so.0', 'apt-get install libgomp1 libquadmath0']),
-    (library('libGL.so.1', 'cv2', 'ImportError'), ['apt-get install libgl1', 'opencv-python-headless']),
-    (library('libgthread-2.0.so.0', 'cv2', 'ImportError'), ['apt-get install libglib2.0-0']),
-    (library('libglib-2.0.so.0', 'cv2', 'ImportError'), ['apt-get install libglib2.0-0']),
-    (library('libz.so.1'), ['apt-get install zlib1g']),
-    (library('libcuda.so.1'), ['libcuda.so.1', 'driver', 'tests/requirements.txt']),
-    (library('libcudart.so.11.0'), ['libcudart.so.11.0', 'pip install', '-r requirements.txt']),
-    (library('libcudnn.so.8'), ['libcudnn.so.8', 'pip install', '-r requirements.txt']),
-], ids=['mxnet', 'joblib', 'numpy', 'cv2', 'sklearn', 'requests', 'Python 3.7', 'Windows', 'libgomp', 'libquadmath',
-        'libGL', 'libgthread', 'libglib', 'libz', 'no driver', 'CUDA', 'cuDNN'])
+@cases('fake, words', {
+    **{name: (f"sys.modules['{name}'] = None", [name, 'pip install', 'tests/requirements.txt'])
+       for name in ('mxnet', 'joblib', 'numpy', 'cv2', 'sklearn')},
+    'requests': (failing('mxnet', 'ModuleNotFoundError("No module named \'requests\'", name="requests")'),
+                 ['requests', 'pip install', 'tests/requirements.txt']),
+    'Python 3.7': ('sys.version_info = (3, 7, 17)', ['Python 3.8']),
+    'Windows': ("import asyncio, shutil; sys.platform = 'win32'", ['WSL 2']),
+    **{name: (library(name), [name, 'apt-get install libgomp1 libquadmath0'])
+       for name in ('libgomp.so.1', 'libquadmath.so.0')},
+    'libGL': (library('libGL.so.1', 'cv2', 'ImportError'), ['apt-get install libgl1', 'opencv-python-headless']),
+    **{name: (library(name, 'cv2', 'ImportError'), ['apt-get install libglib2.0-0'])
+       for name in ('libgthread-2.0.so.0', 'libglib-2.0.so.0')},
+    'libz': (library('libz.so.1'), ['apt-get install zlib1g']),
+    'no driver': (library('libcuda.so.1'), ['libcuda.so.1', 'driver', 'tests/requirements.txt']),
+    **{name: (library(name), [name, 'pip install', '-r requirements.txt'])
+       for name in ('libcudart.so.11.0', 'libcudnn.so.8')}})
 def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(run, fake, words):
     status, _, err = run(f'{fake}\nimport dcgan')
     assert status == 1 and err.count('\n') == 1, err
@@ -268,70 +267,58 @@ def settings(**changes):
     return types.SimpleNamespace(**{**dict(ctx=(mx.gpu(0),), batch_size=64, ngf=64, ndf=64, nc=3, Z=100), **changes})
 
 
-def test_a_gpu_build_that_sees_no_gpu_says_so(capsys, monkeypatch):
+@pytest.mark.parametrize('gpu_build, found, ctx, words', [
+    (True, 0, mx.cpu(), ['WARNING', 'driver', 'R450', 'CUDA_VISIBLE_DEVICES', '--gpus all', 'CPU']),
+    (True, mx.MXNetError('[bt] (0) libmxnet.so\nCUDA: invalid device'), mx.cpu(), ['WARNING', 'invalid device']),
+    (False, mx.MXNetError('no CUDA'), mx.cpu(), []), (False, 2, mx.gpu(0), [])], ids=str)
+def test_the_default_device(capsys, monkeypatch, gpu_build, found, ctx, words):
     monkeypatch.setattr(data, 'ROLE', None)
-    monkeypatch.setattr(data, 'GPU_BUILD', True)
-    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 0)
-    assert data.default_ctx() == mx.cpu()
+    monkeypatch.setattr(data, 'GPU_BUILD', gpu_build)
+    monkeypatch.setattr(mx.context, 'num_gpus', mock.Mock(side_effect=[found]))
+    assert data.default_ctx() == ctx
     said = capsys.readouterr().out
-    assert said.startswith('WARNING') and said.count('\n') == 1
-    assert all(word in said for word in ('driver', 'R450', 'CUDA_VISIBLE_DEVICES', '--gpus all', 'CPU'))
+    assert said.count('\n') == bool(words) and all(word in said for word in words)
 
-    def num_gpus():
-        raise mx.MXNetError('[bt] (0) libmxnet.so\nCUDA: invalid device')
 
-    monkeypatch.setattr(mx.context, 'num_gpus', num_gpus)
-    assert data.default_ctx() == mx.cpu()
-    said = capsys.readouterr().out
-    assert said.startswith('WARNING') and said.count('\n') == 1 and 'invalid device' in said
-    monkeypatch.setattr(data, 'GPU_BUILD', False)
-    assert data.default_ctx() == mx.cpu() and capsys.readouterr().out == ''
-    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 2)
-    assert data.default_ctx() == mx.gpu(0) and capsys.readouterr().out == ''
+@pytest.fixture
+def touched(monkeypatch):
+    """Stand-ins for two GPUs, of which the first is nearly full; the list of what has been done with them."""
+    found, ones, free = [], mx.nd.ones, {0: 10 ** 8, 1: 8 * 10 ** 9}
+    monkeypatch.setattr(mx.context, 'gpu_memory_info', lambda number: found.append('memory') or (free[number], 8e9))
+    monkeypatch.setattr(mx.nd, 'ones', lambda shape, ctx: found.append(ctx) or ones(shape))
+    return found
 
 
 @pytest.mark.parametrize('capability, fit', [
     ((3, 7), False), ((5, 0), True), ((8, 9), True), ((9, 0), False), ((12, 1), False),
     ((0, 0), True)])  # CUDA knows no such GPU, as MXNet will say
-def test_a_gpu_that_the_wheel_has_no_code_for(monkeypatch, capability, fit):
+def test_a_gpu_that_the_wheel_has_no_code_for(monkeypatch, touched, capability, fit):
     """Asked before the first operator, and before the GPU's memory, which would be the first to touch it."""
-    touched, ones = [], mx.nd.ones
-
     def get_attribute(number, attribute, device_id):
         number._obj.value = capability[attribute - 75]
 
     cudart = types.SimpleNamespace(cudaDeviceGetAttribute=get_attribute)
     monkeypatch.setattr(data, 'GPU_BUILD', True)
     monkeypatch.setattr(data.ctypes, 'CDLL', lambda name: cudart)
-    monkeypatch.setattr(mx.context, 'gpu_memory_info', lambda device_id: touched.append('memory') or (8e9, 8e9))
-    monkeypatch.setattr(mx.nd, 'ones', lambda shape, ctx: touched.append(ctx) or ones(shape))
     if fit:
-        data.check_devices(settings())
-        assert touched == ['memory', mx.gpu(0)]
+        data.check_devices(settings(ctx=(mx.gpu(1),)))
     else:
-        with pytest.raises(ValueError) as caught:
-            data.check_devices(settings())
-        assert str(caught.value) == (f'ctx = gpu(0): has compute capability {capability[0]}.{capability[1]}, and '
-                                     'mxnet-cu112 has code for 5.0 to 8.9 only, Maxwell to Ada; set ctx to mx.cpu() '
-                                     'or to another GPU')
-        assert touched == []
+        refused(lambda: data.check_devices(settings(ctx=(mx.gpu(1),))),
+                'ctx = gpu(1): has compute capability {}.{}, and mxnet-cu112 has code for 5.0 to 8.9 only, '
+                'Maxwell to Ada; set ctx to mx.cpu() or to another GPU'.format(*capability))
+    assert touched == (['memory', mx.gpu(1)] if fit else [])
 
 
-def test_a_gpu_that_is_full(monkeypatch):
+def test_a_gpu_that_is_full(touched):
     """MXNet would end the process; so its memory is looked at first. The defaults need more than 0.1 GB."""
-    used, free, ones = [], {0: 10 ** 8, 1: 8 * 10 ** 9}, mx.nd.ones
-    monkeypatch.setattr(mx.context, 'gpu_memory_info', lambda device_id: (free[device_id], 8 * 10 ** 9))
-    monkeypatch.setattr(mx.nd, 'ones', lambda shape, ctx: used.append(ctx) or ones(shape))
     for devices in ((mx.gpu(0),), (mx.gpu(1), mx.gpu(0))):
         with pytest.raises(ValueError) as caught:
             data.check_devices(settings(ctx=devices))
         needed = re.fullmatch(r'ctx = gpu\(0\): 0\.1 GB .* free, about (\d\.\d) GB are needed \(CUDA_VISIBLE_DEVICES=1 '
                               r'.*\); set ctx to mx\.cpu\(\) or to another GPU', str(caught.value))
         assert 0.8 <= float(needed[1]) <= 1.1
-    assert used == [mx.gpu(1)]
-    used.clear()
     data.check_devices(settings(ctx=(mx.gpu(1), mx.cpu())))
-    assert used == [mx.gpu(1), mx.cpu()]
+    assert touched == ['memory', 'memory', mx.gpu(1), 'memory', 'memory', mx.gpu(1), mx.cpu()]
 
 
 def planned(ngf, ndf, nc, batch_size):
