@@ -87,6 +87,19 @@ def before_steps(monkeypatch, actions):
     monkeypatch.setattr(dcgan, 'train_step', counted)
 
 
+def watch_steps(monkeypatch, look):
+    """The list in which, step by step, will be what `look` makes of the modules and of what `train_step` returns."""
+    step, seen = dcgan.train_step, []
+
+    def watched(*args):
+        found = step(*args)
+        seen.append(look(args[:3], *found))
+        return found
+
+    monkeypatch.setattr(dcgan, 'train_step', watched)
+    return seen
+
+
 def train_and_stop(s, steps):
     """Train, and stop at the next line after so many steps."""
     with pytest.MonkeyPatch.context() as patch:

@@ -21,8 +21,6 @@ import dcgan
 mx = dcgan.mx
 
 
-# ---------------------------------------------------------------- several devices
-
 def test_two_devices_equal_the_textbook_with_two_half_batches(tiny):
     """To the last bit: a sum of two has one order. With more devices the order of the sum is MXNet's."""
     X = data.get_digits()[0].astype(np.float32) / (255.0 / 2) - 1.0
@@ -33,8 +31,6 @@ def test_two_devices_equal_the_textbook_with_two_half_batches(tiny):
         found = state(s.out)
         assert [name for name, array in expected.items() if found[name] != array.tobytes()] == [], kvstore
 
-
-# ---------------------------------------------------------------- several machines
 
 @contextlib.contextmanager
 def cluster(folder, code='', **changes):

@@ -79,8 +79,6 @@ def forward(mod, inputs):
     return mod.get_outputs()[0].asnumpy()
 
 
-# ---------------------------------------------------------------- the count of an epoch
-
 @pytest.mark.parametrize('kind', SETS)
 def test_the_lines_and_the_columns_of_an_epoch(run, kind):
     s, out = run(kind)
@@ -147,18 +145,6 @@ def test_each_warning_comes_once_and_in_time(few, monkeypatch, course, expected,
     assert counts == []
 
 
-def test_a_log_that_is_cut_in_a_count(run, copied):
-    """By a full disk and a kill: that epoch is counted anew."""
-    s = copied('plain', sample=0, epochs=3, mnist_path=run('plain')[0].mnist_path)
-    log = os.path.join(newest(s.out), 'log.csv')
-    lines = open(log).read().splitlines()
-    cut = lines[-1].split(',')[:lines[0].split(',').index('kl') + 1]
-    open(log, 'w').write('\n'.join([*lines[:-1], ','.join(cut)]))
-    out = printed(s)
-    assert 'epoch: 1 digits: ' in out and 'epoch: 2 digits: ' in out
-    assert [bool(row['median']) for row in rows(s.out) if row['kl']] == [True, True, True]
-
-
 @pytest.mark.parametrize('kind', ['plain', 'twenty'])
 def test_the_mosaics_of_the_epochs_are_of_the_same_latents(run, kind):
     s, _ = run(kind)
@@ -171,8 +157,6 @@ def test_the_mosaics_of_the_epochs_are_of_the_same_latents(run, kind):
             expected = visual.tile(forward(load(s, 'Gmean', epoch, 10), latents))
         assert np.array_equal(cv2.imread(f'{newest(s.out)}/gout-{epoch:04d}.png'), expected)
 
-
-# ---------------------------------------------------------------- samples
 
 def test_samples(run, copied, monkeypatch):
     """Of whatever a run has; a name tells the epoch and the kind of G, and nothing is overwritten."""

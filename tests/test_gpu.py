@@ -50,8 +50,6 @@ def make_settings(tmp_path, **changes):
     return dcgan.Settings(**{**s, **changes})
 
 
-# ---------------------------------------------------------------- the first step
-
 # How far what a GPU computes may be from what a CPU does by rounding alone. The last two come after Adam's first step,
 # which is lr or -lr also where a gradient is nearly 0: weights changed by 1e-5 of their size change them by 0.001 and
 # 0.05, and another pos_label by 0.07 and 0.11.
@@ -113,8 +111,6 @@ def test_the_first_step_is_that_of_a_cpu(tmp_path, pictures, changes, gpus):
         assert distance <= tolerance, f'{name}: off by {distance:.1e}; by rounding alone at most {tolerance:.0e}'
 
 
-# ---------------------------------------------------------------- runs
-
 def last_state(s):
     return dcgan.find_state(newest(s.out))[1]
 
@@ -168,8 +164,6 @@ def test_samples_are_those_of_a_cpu(tmp_path):
         assert distance <= 2, f'{what}: {distance} of 255 from the same on a CPU'
         assert found.std() > 0
 
-
-# ---------------------------------------------------------------- memory and speed
 
 def measure(out, width=64, copies=6, first=40, last=140):
     """Seconds of an iteration of a run from one of its lines to another, and of a step where the host never waits."""

@@ -336,6 +336,10 @@ def test_batches(photos):
     again = load(photos, batch_size=4)
     again.skip(3)
     assert np.array_equal(next(again).data[0].asnumpy(), images[12:16])
+    images, = epoch(load(photos, nc=1))
+    assert images.shape == (14, 1, 64, 64)
+    expected = sorted(COLOURS @ [0.299, 0.587, 0.114])
+    assert np.allclose(sorted(images.mean(axis=(1, 2, 3)) * 127.5 + 127.5), expected, atol=3)
 
 
 def test_crops(tmp_path):
@@ -356,13 +360,6 @@ def test_crops(tmp_path):
     assert (images == images[0]).all()
     assert abs(images[0, 0, 32, [0, -1]] - [-2 / 3, 2 / 3]).max() < 0.02
     assert images[0, 0, 0].max() == -1 and images[0, 0, -1].min() == 1
-
-
-def test_grey(photos):
-    images, = epoch(load(photos, nc=1))
-    assert images.shape == (14, 1, 64, 64)
-    expected = sorted(COLOURS @ [0.299, 0.587, 0.114])
-    assert np.allclose(sorted(images.mean(axis=(1, 2, 3)) * 127.5 + 127.5), expected, atol=3)
 
 
 def test_workers(photos):
@@ -452,17 +449,14 @@ def test_records_of_all_kinds(tmp_path):
     assert epoch(load(path, augment=False))[0][0, :, :30, :30].min() == 1
 
 
-def test_most_are_not_decoded(tmp_path, monkeypatch):
-    path = write_rec(tmp_path / 'a.rec', [SMALL, pack(encoded(NOISE, '.png'))] * 4)
-    monkeypatch.setattr(data, '_decode', None)
-    assert len(data._check_rec(path)[1]) == 8
-
-
-def test_a_picture_that_is_damaged_within(tmp_path):
-    """Its ends are right; so it is told when it is decoded, in one line, not by the end of the process."""
+def test_a_picture_that_is_damaged_within(tmp_path, monkeypatch):
+    """Its ends are right, so at first it is not decoded; later that is one line, not the end of the process."""
     image = encoded(NOISE, '.png')
     path = write_rec(tmp_path / 'a.rec', [SMALL, pack(image[:3000] + b'wrong' + image[3005:])])
-    refused(load(path).next, path, 'record 1 ')
+    with monkeypatch.context() as patch:
+        patch.setattr(data, '_decode', None)
+        batches = load(path)
+    refused(batches.next, path, 'record 1 ')
 
 
 # ---------------------------------------------------------------- a whole run

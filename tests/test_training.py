@@ -15,13 +15,14 @@ import mxnet as mx
 import numpy as np
 import pytest
 import textbook
-from conftest import ROOT, TINY, ended, newest, rows, state, train_and_stop
+from conftest import ROOT, TINY, ended, newest, rows, state, train_and_stop, watch_steps
 
 import dcgan
 import visual
 
-LINE = re.compile(r"^epoch: (\d+) iter: (\d+) metric: \('facc', \d\.\d+\) \('fentropy', \d+\.\d+\) "
-                  r"\('fentropy', \d+\.\d+\) (\d+)/s, ((?:\d+ days?, )?\d+:\d\d:\d\d) left$", re.M)
+# what is printed -> [(epoch, iteration, images/s, time left)], as text
+lines = re.compile(r"^epoch: (\d+) iter: (\d+) metric: \('facc', \d\.\d+\) \('fentropy', \d+\.\d+\) "
+                   r"\('fentropy', \d+\.\d+\) (\d+)/s, ((?:\d+ days?, )?\d+:\d\d:\d\d) left$", re.M).findall
 METRICS = ('facc', 'fentropy_G', 'fentropy_D')
 ALL = data.get_digits(labels=True)
 
@@ -39,19 +40,6 @@ def clock(monkeypatch):
     monkeypatch.setattr(dcgan, 'train_step', slow_step)
     monkeypatch.setattr(dcgan.time, 'monotonic', lambda: Clock.now)
     return Clock
-
-
-def watch_steps(monkeypatch, look):
-    """The list in which, step by step, will be what `look` makes of the modules and of what `train_step` returns."""
-    step, seen = dcgan.train_step, []
-
-    def watched(*args):
-        found = step(*args)
-        seen.append(look(args[:3], *found))
-        return found
-
-    monkeypatch.setattr(dcgan, 'train_step', watched)
-    return seen
 
 
 # ---------------------------------------------------------------- networks
@@ -236,11 +224,6 @@ def test_nothing_that_is_shown_disturbs_the_run(few, capsys):
 
 
 # ---------------------------------------------------------------- lines and pictures
-
-def lines(out):
-    """The lines of iterations: [(epoch, iteration, images/s, time left)], as text."""
-    return [match.groups() for match in LINE.finditer(out)]
-
 
 def test_the_lines_of_a_run(few, clock, capsys):
     s = few(epochs=1000)
