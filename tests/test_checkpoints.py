@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from unittest import mock
 
@@ -68,26 +67,20 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def child(tmp_path):
-    """Start a run in a process of its own, which is killed at the end, or when the test hangs."""
+    """Start a run in a process of its own, which is killed at the end, or when it hangs."""
     started = []
 
     def start(before='', stdout=subprocess.PIPE, **changes):
         settings = {**FEW, 'out': str(tmp_path / 'out'), **changes}
-        code = f'import dcgan\n{FEW_DATA}\n{before}\ndcgan.train(dcgan.Settings(**{settings!r}))'
+        code = f'import dcgan\ndcgan.signal.alarm(600)\n{FEW_DATA}\n{before}\ndcgan.train(dcgan.Settings(**{settings}))'
         started.append(subprocess.Popen([sys.executable, '-c', code], stdout=stdout, stderr=subprocess.PIPE, text=True,
                                         cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ROOT}))
         return started[-1]
 
-    def kill():
-        for process in started:
-            process.kill()
-            process.wait()
-
-    watchdog = threading.Timer(600, kill)
-    watchdog.start()
     yield start
-    watchdog.cancel()
-    kill()
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope='module')
@@ -510,11 +503,13 @@ def test_a_second_signal_ends_at_once(child, tmp_path):
     assert process.wait(timeout=60) == 130 and states(newest(tmp_path / 'out')) == []
 
 
-@pytest.mark.parametrize('owner, name', [(dcgan.data, 'load_data'), (dcgan, 'make_modules')])
-def test_ctrl_c_before_the_loop(tiny, capsys, monkeypatch, owner, name):
+@pytest.mark.parametrize('owner, name, changes', [
+    (dcgan.data, 'load_data', {}), (dcgan, 'make_modules', {}), (visual, 'save', dict(resume='latest', sample=1))])
+def test_ctrl_c_before_the_loop_or_while_samples_are_made(copy, capsys, monkeypatch, owner, name, changes):
+    before = os.listdir(copy.out)
     monkeypatch.setattr(owner, name, lambda *args: signal.raise_signal(signal.SIGINT))
-    assert ended(tiny()) == 130
-    assert capsys.readouterr().err == '' and not os.path.exists(tiny().out)
+    assert ended(replace(copy, **{'resume': '', **changes})) == 130
+    assert capsys.readouterr().err == '' and os.listdir(copy.out) == before
 
 
 def test_q_stops_one_run_and_not_the_next(tiny, finished, monkeypatch):

@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import struct
 import types
 
@@ -243,9 +242,3 @@ def test_a_folder_that_cannot_be_written(copied, monkeypatch):
     line = printed(s).splitlines()[-1]
     assert line.endswith(f': {s.out}/sample-0001.png, one by one in {s.out}/sample-0001/; {s.out}/walk-0001.png')
     assert contents(folder) == before and len(os.listdir(f'{s.out}/sample-0001')) == 5
-
-
-def test_ctrl_c_while_samples_are_made(copied, monkeypatch, capsys):
-    s = copied('plain')
-    monkeypatch.setattr(visual, 'save', lambda *args: signal.raise_signal(signal.SIGINT))
-    assert ended(s) == 130 and capsys.readouterr().err == ''

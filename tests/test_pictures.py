@@ -305,19 +305,16 @@ def test_what_cannot_be_read_is_named(tmp_path, capfd):
     assert all(line.startswith(('libpng', 'Corrupt', 'TIFF')) for line in err.splitlines()), err  # no OpenCV's lines
 
 
-def test_extreme_shapes(tmp_path):
+def test_extreme_shapes_and_sizes(tmp_path):
     shapes = (1, 1), (1, 3000), (3000, 1), (2000, 40), (70000, 2)  # the last is longer than a JPEG may be
     folder = write_folder(tmp_path / 'photos', {
         f'{i}.png': encoded(np.full(shape + (3,), 99, np.uint8), '.png') for i, shape in enumerate(shapes)})
     for augment in (True, False):
         images, = epoch(load(folder, augment=augment))
         assert len(images) == 4 and abs(images * 127.5 + 127.5 - 99).max() < 3
-
-
-def test_shrinks_by_averaging(tmp_path):
-    """A checkerboard of single pixels is grey, not black or white or stripes."""
+    # a checkerboard of single pixels becomes grey, not black or white or stripes: it is shrunk by averaging
     board = (np.indices((1111, 1400)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    folder = write_folder(tmp_path / 'photos', {f'{i}.png': encoded(board, '.png') for i in range(2)})
+    folder = write_folder(tmp_path / 'boards', {f'{i}.png': encoded(board, '.png') for i in range(2)})
     for source in (folder, write_rec(tmp_path / 'board.rec', [pack(encoded(board, '.png'))] * 2)):
         assert abs(epoch(load(source))[0]).max() < 0.1
 
