@@ -751,16 +751,15 @@ def test_a_state_that_the_disk_does_not_give(copy, target):
 
 
 @pytest.mark.parametrize('change', [
-    lambda arrays, about: arrays.pop('g1_weight'), lambda arrays, about: arrays.pop('dbn2_moving_mean'),
-    lambda arrays, about: arrays.pop('d5_weight_var'), lambda arrays, about: arrays.update(more=arrays['g1_weight']),
+    *(lambda arrays, about, name=name: arrays.pop(name) for name in ('g1_weight', 'dbn2_moving_mean', 'd5_weight_var')),
+    *(lambda arrays, about, name=name: about.pop(name) for name in ('names', 'settings', 'class_names')),
+    *(lambda arrays, about, name=name: about['settings'].pop(name) for name in ('nc', 'seed', 'workers')),
+    *(lambda arrays, about, new=new: about.update(new)
+      for new in (dict(epoch='three'), dict(epoch=float('inf')), dict(settings=3))),
+    lambda arrays, about: arrays.update(more=arrays['g1_weight']),
     lambda arrays, about: arrays.update(d1_weight=arrays['g1_weight']),
     lambda arrays, about: arrays.update(g1_weight=arrays['g1_weight'][:0]),
-    lambda arrays, about: about['names'].append(arrays.update(more=np.array([{}])) or 'more'),
-    lambda arrays, about: about.pop('names'),
-    lambda arrays, about: about.pop('settings'), lambda arrays, about: about['settings'].pop('nc'),
-    lambda arrays, about: about['settings'].pop('seed'), lambda arrays, about: about['settings'].pop('workers'),
-    lambda arrays, about: about.pop('class_names'), lambda arrays, about: about.update(epoch='three'),
-    lambda arrays, about: about.update(epoch=float('inf')), lambda arrays, about: about.update(settings=3)])
+    lambda arrays, about: about['names'].append(arrays.update(more=np.array([{}])) or 'more')])
 def test_a_state_with_other_contents(copy, change):
     """Of another version, say, or with a pickle in it. It is one line."""
     path = edit_state(copy, change)

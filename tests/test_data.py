@@ -1,4 +1,5 @@
 """data.py: what every source yields, and every way in which what it reads can be wrong."""
+import functools
 import gzip
 import hashlib
 import io
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 from conftest import REAL_MNIST, cases, needs_mnist, refused
 from sklearn.datasets import _openml, fetch_openml, load_digits
+
+import dcgan
 
 
 def random_images(n, shape=(28, 28), labels=range(10)):
@@ -172,9 +175,7 @@ def test_the_checksum_is_of_all_pixels_and_labels():
 
 # ---------------------------------------------------------------- what the settings ask for
 
-def ask(**changes):
-    return types.SimpleNamespace(**{**dict(dataset='mnist', mnist_path='', fallback=True, batch_size=10, nc=3,
-                                           ctx=(mx.cpu(),), conditional=True), **changes})
+ask = functools.partial(dcgan.Settings, batch_size=10, ctx=(mx.cpu(),), conditional=True)
 
 
 def test_two_workers_share_the_data(tmp_path):
@@ -198,7 +199,7 @@ def test_digits_instead(monkeypatch, capsys):
     name, batches, _ = data.load_data(ask())
     assert (name, batches.num_data, len(batches.class_names)) == ('digits', 1500, 10)
     assert "No space left on device. Training on scikit-learn's 8x8 digits" in capsys.readouterr().out
-    for changes, workers in (dict(mnist_path='nowhere'), 1), (dict(fallback=False), 1), (dict(), 2):
+    for changes, workers in (dict(mnist_path='nowhere'), 1), (dict(fallback=''), 1), (dict(), 2):
         with pytest.raises(OSError):
             data.load_data(ask(**changes), 0, workers)
 

@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import time
-import types
 import zlib
 
 import data
@@ -36,9 +35,9 @@ def encoded(image, ending='.jpg', *options):
 
 def load(path, rank=0, workers=1, **changes):
     """The iterator over a folder or a .rec."""
-    return data.load_pictures(types.SimpleNamespace(**{**dict(
-        imgnet_path=str(path), out=str(pathlib.Path(path).parent / 'out'), batch_size=2, nc=3, ctx=(mx.cpu(),),
-        augment=True, conditional=False), **changes}), rank, workers)
+    out = str(pathlib.Path(path).parent / 'out')
+    s = dcgan.Settings(**{**dict(imgnet_path=str(path), out=out, batch_size=2, ctx=(mx.cpu(),)), **changes})
+    return data.load_pictures(s, rank, workers)
 
 
 def write_folder(folder, pictures):

@@ -262,11 +262,6 @@ def test_libraries_of_cuda_12_beside_mxnet_are_left_alone(stub, tmp_path):
 
 # ---------------------------------------------------------------- devices
 
-def settings(**changes):
-    """What the check of the devices looks at, with the defaults."""
-    return types.SimpleNamespace(**{**dict(ctx=(mx.gpu(0),), batch_size=64, ngf=64, ndf=64, nc=3, Z=100), **changes})
-
-
 @pytest.mark.parametrize('gpu_build, found, ctx, words', [
     (True, 0, mx.cpu(), ['WARNING', 'driver', 'R450', 'CUDA_VISIBLE_DEVICES', '--gpus all', 'CPU']),
     (True, mx.MXNetError('[bt] (0) libmxnet.so\nCUDA: invalid device'), mx.cpu(), ['WARNING', 'invalid device']),
@@ -301,9 +296,9 @@ def test_a_gpu_that_the_wheel_has_no_code_for(monkeypatch, touched, capability, 
     monkeypatch.setattr(data, 'GPU_BUILD', True)
     monkeypatch.setattr(data.ctypes, 'CDLL', lambda name: cudart)
     if fit:
-        data.check_devices(settings(ctx=(mx.gpu(1),)))
+        data.check_devices(dcgan.Settings(ctx=(mx.gpu(1),)))
     else:
-        refused(lambda: data.check_devices(settings(ctx=(mx.gpu(1),))),
+        refused(lambda: data.check_devices(dcgan.Settings(ctx=(mx.gpu(1),))),
                 'ctx = gpu(1): has compute capability {}.{}, and mxnet-cu112 has code for 5.0 to 8.9 only, '
                 'Maxwell to Ada; set ctx to mx.cpu() or to another GPU'.format(*capability))
     assert touched == (['memory', mx.gpu(1)] if fit else [])
@@ -313,11 +308,11 @@ def test_a_gpu_that_is_full(touched):
     """MXNet would end the process; so its memory is looked at first. The defaults need more than 0.1 GB."""
     for devices in ((mx.gpu(0),), (mx.gpu(1), mx.gpu(0))):
         with pytest.raises(ValueError) as caught:
-            data.check_devices(settings(ctx=devices))
+            data.check_devices(dcgan.Settings(ctx=devices))
         needed = re.fullmatch(r'ctx = gpu\(0\): 0\.1 GB .* free, about (\d\.\d) GB are needed \(CUDA_VISIBLE_DEVICES=1 '
                               r'.*\); set ctx to mx\.cpu\(\) or to another GPU', str(caught.value))
         assert 0.8 <= float(needed[1]) <= 1.1
-    data.check_devices(settings(ctx=(mx.gpu(1), mx.cpu())))
+    data.check_devices(dcgan.Settings(ctx=(mx.gpu(1), mx.cpu())))
     assert touched == ['memory', 'memory', mx.gpu(1), 'memory', 'memory', mx.gpu(1), mx.cpu()]
 
 
@@ -336,9 +331,9 @@ def planned(ngf, ndf, nc, batch_size):
 @pytest.mark.parametrize('ngf, ndf, nc, batch_size', [
     (64, 64, 3, 64), (64, 64, 1, 128), (128, 32, 3, 32), (16, 16, 1, 256), (16, 64, 3, 100)])
 def test_the_memory_estimate_against_mxnets_plan(ngf, ndf, nc, batch_size):
-    def layers(**changes):
-        s = dict(ngf=ngf, ndf=ndf, nc=nc, batch_size=batch_size, **changes)
-        return data.memory_needed(settings(**s)) - data.memory_needed(settings(**{**s, 'batch_size': 0}))
+    def layers(ctx=(mx.gpu(0),)):
+        s = dcgan.Settings(ngf=ngf, ndf=ndf, nc=nc, batch_size=batch_size, ctx=ctx)
+        return data.memory_needed(s) - data.memory_needed(dcgan.dataclasses.replace(s, batch_size=0))
 
     training, drawing = planned(ngf, ndf, nc, batch_size)
     # images are also wanted outside that plan, which matters where the networks are narrow
