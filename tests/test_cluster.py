@@ -14,7 +14,7 @@ import data
 import numpy as np
 import pytest
 import textbook
-from conftest import ROOT, TINY, newest, state
+from conftest import ROOT, TINY, cases, newest, state
 
 import dcgan
 
@@ -140,18 +140,23 @@ def test_a_pipe_that_nobody_reads_stops_all(tmp_path):
     dcgan.find_state(newest(tmp_path / 'out'))
 
 
-@pytest.mark.parametrize('resume, code', [
-    ('', 'settings.seed = number'),
-    ('', 'get = dcgan.data.get_digits\ndcgan.data.get_digits = lambda labels: [X // number for X in get(labels=True)]'),
-    ('latest', 'if number == 3: settings.resume = min(glob.glob("out/*/state-*.npz"))'),
-    ('latest', 'if number == 3: settings.resume = "nowhere"')], ids=['settings', 'data', 'older state', 'no state'])
-def test_workers_that_differ(whole, tmp_path, resume, code):
-    """Each would train weights of its own, and nobody would notice."""
+DIFFER = 'the workers have different'
+
+
+@cases('resume, code, words', {
+    'settings': ('', 'settings.seed = number', DIFFER),
+    'data': ('', 'X, *others = dcgan.data.get_digits(labels=True)\n'
+                 'dcgan.data.get_digits = lambda labels: [X // number, *others]', DIFFER),
+    'older state': ('latest', 'if number == 3: settings.resume = min(glob.glob("out/*/state-*.npz"))', DIFFER),
+    'no state': ('latest', 'if number == 3: settings.resume = "nowhere"', DIFFER),
+    'not finite': ('', 'settings.lr = 1e30', 'is not finite')})
+def test_workers_that_cannot_go_on(whole, tmp_path, resume, code, words):
+    """Where they differ each would train weights of its own, and nobody would notice."""
     shutil.copytree(whole[0] / 'out', tmp_path / 'out')
     with cluster(tmp_path, code, resume=resume, epochs=3, conditional=True) as processes:
         statuses, outputs = finish(processes[2:])
     assert statuses == [1, 1]
-    assert all('the workers have different' in err and err.count('\n') == 1 for _, err in outputs), outputs
+    assert all(words in err and err.count('\n') == 1 for _, err in outputs), outputs
 
 
 def test_a_mistake_in_a_worker_ends_it_at_once(tmp_path):
@@ -160,12 +165,6 @@ def test_a_mistake_in_a_worker_ends_it_at_once(tmp_path):
         statuses, ((_, err),) = finish(processes[3:])
         assert [process.poll() for process in processes[:3]] == [None] * 3
     assert statuses == [1] and "TypeError: 'NoneType' object is not callable" in err
-
-
-def test_weights_that_are_not_finite_end_every_worker(tmp_path):
-    with cluster(tmp_path, lr=1e30) as processes:
-        statuses, outputs = finish(processes[2:])
-    assert statuses == [1, 1] and all('is not finite' in err for _, err in outputs), outputs
 
 
 @pytest.mark.parametrize('variables, changes, message', [

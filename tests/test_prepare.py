@@ -1,5 +1,4 @@
 """What data.py does before it imports MXNet: libraries, environment, NumPy's old names; and which devices fit."""
-import json
 import os
 import re
 import shutil
@@ -17,42 +16,16 @@ import dcgan
 
 mx = data.mx
 
-FORKS = '''
-import json, os, signal, sys, tempfile
-import cv2, joblib, numpy, sklearn
-for line in sys.stdin:
-    code, env = json.loads(line)
-    out, err = tempfile.TemporaryFile('w+'), tempfile.TemporaryFile('w+')
-    if os.fork() == 0:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        for name, value in env.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-        signal.alarm(60)
-        exec(code)
-        sys.exit()
-    status = os.wait()[1]
-    texts = [file.seek(0) or file.read() for file in (out, err)]
-    print(json.dumps([status >> 8, *texts]), flush=True)
-'''
 
+def run(code, **env):
+    """Run code in a process of its own. Keywords are environment variables, None unsets one.
 
-@pytest.fixture(scope='module')
-def run():
-    """Run code in a fork of a process that has imported what MXNet needs, but neither MXNet nor us: that takes long.
-
-    Keywords are environment variables, None unsets one. Returns the exit status, stdout and stderr.
+    Returns the exit status, stdout and stderr.
     """
-    process = subprocess.Popen([sys.executable, '-c', FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               cwd=ROOT)
-
-    def fork(code, **env):
-        process.stdin.write(json.dumps([code, env]) + '\n')
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    yield fork
-    process.communicate()
+    env = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
+    done = subprocess.run([sys.executable, '-c', f'import os, sys\n{code}'], capture_output=True, text=True, cwd=ROOT,
+                          timeout=60, env=env)
+    return [done.returncode, done.stdout, done.stderr]
 
 
 # ---------------------------------------------------------------- machines that cannot run it
@@ -88,7 +61,7 @@ def library(name, module='mxnet', kind='OSError'):
     'no driver': (library('libcuda.so.1'), ['libcuda.so.1', 'driver', 'tests/requirements.txt']),
     **{name: (library(name), [name, 'pip install', '-r requirements.txt'])
        for name in ('libcudart.so.11.0', 'libcudnn.so.8')}})
-def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(run, fake, words):
+def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(fake, words):
     status, _, err = run(f'{fake}\nimport dcgan')
     assert status == 1 and err.count('\n') == 1, err
     assert err.startswith('dcgan.py: ') and all(word in err for word in words), err
@@ -104,14 +77,14 @@ def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(run, fake, words):
     (failing('mxnet', '''ModuleNotFoundError("No module named 'numpy.core'", name='numpy.core')'''), 'numpy.core'),
     (failing('joblib', "PermissionError(13, 'Permission denied')"), 'Permission denied'),
     (failing('visual', "ImportError('a mistake in visual.py')"), 'a mistake in visual.py')])
-def test_an_unexpected_error_at_import_keeps_its_traceback(run, fake, words):
+def test_an_unexpected_error_at_import_keeps_its_traceback(fake, words):
     status, _, err = run(f'{fake}\nimport dcgan')
     assert status == 1 and err.startswith('Traceback') and words in err, err
 
 
 # ---------------------------------------------------------------- names that NumPy took away
 
-def test_numpy_and_its_users_are_as_they_were_after_the_import(run):
+def test_numpy_and_its_users_are_as_they_were_after_the_import():
     status, _, err = run('''
 import warnings
 import numpy as np
@@ -152,7 +125,7 @@ ENVIRONMENT = {'MXNET_USE_FUSION': '0', 'MXNET_CUDNN_LIB_CHECKING': '0', 'CUDA_M
                'MXNET_GPU_MEM_POOL_RESERVE': '1'}
 
 
-def test_the_environment_unless_a_person_has_set_it(run):
+def test_the_environment_unless_a_person_has_set_it():
     """One thread for each physical core; the rest is for GPUs."""
     import joblib
     code = f'import data\nprint(*[os.environ.get(name) for name in {["OMP_NUM_THREADS", *ENVIRONMENT]}])'
@@ -164,7 +137,7 @@ def test_the_environment_unless_a_person_has_set_it(run):
 
 
 @pytest.mark.parametrize('role', ['scheduler', 'server'])
-def test_a_scheduler_and_a_server_ask_for_no_device(run, role):
+def test_a_scheduler_and_a_server_ask_for_no_device(role):
     assert run('''
 import data
 def touched(*args):
@@ -176,7 +149,7 @@ import dcgan
 assert dcgan.Settings().ctx == data.mx.cpu()''', DMLC_ROLE=role) == [0, '', '']
 
 
-def test_a_worker_is_given_the_schedulers_address_as_numbers(run):
+def test_a_worker_is_given_the_schedulers_address_as_numbers():
     code = 'import data\nprint(os.environ["DMLC_ROLE"], os.environ["DMLC_PS_ROOT_URI"])'
     assert run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI='localhost') == [0, 'worker 127.0.0.1\n', '']
     code = f'import socket\nsocket.gethostbyname = lambda host: "127.0.1.1"\n{code}'
@@ -209,14 +182,12 @@ def stub(tmp_path_factory):
 
 def opened(code, **env):
     """Import `data` as on a GPU box, run code, and return the CUDA libraries in the process's memory."""
-    code = f'''import data
+    status, out, err = run(f'''import data
 {code}
 for path in {{line.split(maxsplit=5)[-1] for line in open('/proc/self/maps') if 'nvidia' in line}}:
-    print(path, end='')'''
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=60,
-                          env={**os.environ, **env})
-    assert done.returncode == 0, done.stderr
-    return sorted(done.stdout.splitlines())
+    print(path, end='')''', **env)
+    assert status == 0, err
+    return sorted(out.splitlines())
 
 
 PARTS = [f'libcudnn_{part}.so.8' for part in ('ops_infer', 'ops_train', 'cnn_infer', 'cnn_train')]
