@@ -522,18 +522,16 @@ def test_q_stops_one_run_and_not_the_next(tiny, finished, monkeypatch):
 
 # ---------------------------------------------------------------- who reads what is printed
 
-class Pipe(io.StringIO):
+def pipe(word):
     """A stdout that takes nothing any more, from a certain word on."""
-
-    def __init__(self, word):
-        super().__init__()
-        self.word = word
-
-    def write(self, text):
-        if self.word in text:
-            self.word = ''  # which is in every text
+    def write(text):
+        if word in text or closed:
+            closed.append(True)
             raise BrokenPipeError
-        return super().write(text)
+        return len(text)
+
+    closed = []
+    return mock.Mock(write=write)
 
 
 @pytest.mark.parametrize('word, state', [
@@ -541,7 +539,7 @@ class Pipe(io.StringIO):
     ('epoch: 1 digits', (2, 10)), ('done', (3, 0))])
 def test_a_pipe_whose_reader_has_gone(tiny, finished, word, state):
     """Wherever it is noticed, the run stops at the next line, with the status of SIGPIPE."""
-    with contextlib.redirect_stdout(Pipe(word)):
+    with contextlib.redirect_stdout(pipe(word)):
         assert ended(tiny()) == 141
     assert stands(tiny().out) == state
     dcgan.train(tiny(resume='latest'))
@@ -560,7 +558,7 @@ def test_ctrl_c_while_it_stops(tiny, monkeypatch, word):
 
     q = 'q was pressed' in word
     before_steps(monkeypatch, {11: lambda: monkeypatch.setattr(visual, 'quit_pressed', lambda: q)})
-    with contextlib.redirect_stdout(Pipe(word)), on_disk(ctrl_c):
+    with contextlib.redirect_stdout(pipe(word)), on_disk(ctrl_c):
         assert ended(tiny()) == 130
     assert exits == [] and stands(tiny().out) == (1, 0)
 

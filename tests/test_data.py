@@ -8,6 +8,7 @@ import socket
 import struct
 import types
 import urllib.error
+from unittest import mock
 
 import data
 
@@ -233,20 +234,6 @@ def mnist_784():
     return X, y, pages, wrong
 
 
-class Answer(io.BytesIO):
-    """What urllib's `urlopen` returns."""
-    headers, stalls = {}, False
-
-    def info(self):
-        return self.headers
-
-    def read(self, *size):
-        content = super().read(*size)
-        if self.stalls and not content:
-            raise TimeoutError('timed out')
-        return content
-
-
 @pytest.fixture
 def openml(mnist_784, monkeypatch, tmp_path):
     """Answers scikit-learn as OpenML does; `faults`: part of an address -> what goes wrong there."""
@@ -263,9 +250,10 @@ def openml(mnist_784, monkeypatch, tmp_path):
             raise urllib.error.HTTPError(request.full_url, fault, 'a fault', {}, None)
         if fault == 'silent':
             raise TimeoutError('timed out')
-        answer = Answer(page[:len(page) // 2] if fault in ('cut', 'stalled') else page)
-        answer.headers = {'Content-Encoding': 'gzip' * (kind == 'download')}
-        answer.stalls = fault == 'stalled'
+        answer = io.BytesIO(page[:len(page) // 2] if fault in ('cut', 'stalled') else page)
+        answer.info = lambda: {'Content-Encoding': 'gzip' * (kind == 'download')}
+        if fault == 'stalled':
+            answer.read = mock.Mock(side_effect=[answer.read(), TimeoutError('timed out')])
         return answer
 
     monkeypatch.setattr(_openml, 'urlopen', urlopen)

@@ -145,25 +145,19 @@ def test_the_gradients_sum_and_the_updates_wait_together(few, monkeypatch):
 @pytest.mark.parametrize('conditional', [False, True])
 def test_nothing_waits_between_two_lines(few, monkeypatch, conditional):
     """Of the loop's asnumpy and waits none is between two lines; a line's metrics are one copy."""
-    calls, at_step, at_line = [], [], []
-    for owner, name in ((mx.nd.NDArray, 'asnumpy'), (mx.nd.NDArray, 'wait_to_read'), (mx.nd, 'waitall')):
+    events = []
+    for owner, name in ((mx.nd.NDArray, 'asnumpy'), (mx.nd.NDArray, 'wait_to_read'), (mx.nd, 'waitall'),
+                        (dcgan, 'train_step'), (dcgan.Run, 'print_line')):
         original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, name=name, f=original: calls.append(name) or f(*args))
-    step, line = dcgan.train_step, dcgan.Run.print_line
-    monkeypatch.setattr(dcgan, 'train_step', lambda *args: at_step.append(len(calls)) or step(*args))
-
-    def counted(run):
-        before = len(calls)
-        line(run)
-        at_line.append((before, len(calls)))
-
-    monkeypatch.setattr(dcgan.Run, 'print_line', counted)
-    dcgan.train(few(batch_size=5, conditional=conditional))  # 23 iterations
-    assert len(at_step) == 23
-    for before, after in at_line:  # then the mean of G waits, or it could miss BatchNorm's moving averages
-        assert calls[before:after + 1] == ['asnumpy', 'waitall']
-    for first, last, (before, _) in zip((0, 10, 20), (9, 19, 22), at_line):
-        assert at_step[first] == at_step[last] == before
+        monkeypatch.setattr(owner, name, lambda *args, name=name, f=original: events.append(name) or f(*args))
+    dcgan.train(few(batch_size=5, conditional=conditional))
+    for steps in (10, 10, 3):
+        first, line = events.index('train_step'), events.index('print_line')
+        assert events[first:line] == ['train_step'] * steps
+        # then the mean of G waits, or it could miss BatchNorm's moving averages
+        assert events[line:line + 3] == ['print_line', 'asnumpy', 'waitall']
+        del events[:line + 1]
+    assert 'train_step' not in events
 
 
 # ---------------------------------------------------------------- metrics and averages
@@ -266,11 +260,8 @@ def test_the_monitor_prints_the_layers_and_diff(few, capsys, monkeypatch):
 
 def test_a_notebook_gets_what_is_printed(few, monkeypatch):
     """Its stdout has the number of a file, which is not the cell."""
-    class Cell(io.StringIO):
-        def fileno(self):
-            return 1
-
-    cell = Cell()
+    cell = io.StringIO()
+    cell.fileno = lambda: 1
     monkeypatch.setattr(sys, 'stdout', cell)
     dcgan.train(few())
     assert 'epoch: 0 iter: 12 ' in cell.getvalue() and '\ndone: ' in cell.getvalue() and sys.stdout is cell
