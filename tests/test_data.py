@@ -49,8 +49,6 @@ def flipped(content, position, bits=0x10):
     return bytes(content)
 
 
-# ---------------------------------------------------------------- digits and MNIST's files
-
 def test_digits():
     bunch = load_digits()
     expected = prepared(np.floor(bunch.images * 255 / 16).astype(np.uint8), bunch.target.astype(np.uint8), 1500)
@@ -146,8 +144,6 @@ def test_missing_idx(tmp_path, name):
     refused(lambda: data.get_mnist(str(missing.parent)), missing, 'no such file', 'mnist_path')
 
 
-# ---------------------------------------------------------------- batches
-
 def test_pixel_iter():
     """Each level is the float that NumPy makes of it; classes are positions among the sorted labels."""
     X, _ = random_images(3, (1, 64, 64))
@@ -173,8 +169,6 @@ def test_the_checksum_is_of_all_pixels_and_labels():
             for labelled in ((X, y), (other_X, y), (X, other_y)) for rank in (0, 1)]
     assert sums[::2] == sums[1::2] and len(set(sums)) == 3
 
-
-# ---------------------------------------------------------------- what the settings ask for
 
 ask = functools.partial(dcgan.Settings, batch_size=10, ctx=(mx.cpu(),), conditional=True)
 
@@ -204,8 +198,6 @@ def test_digits_instead(monkeypatch, capsys):
         with pytest.raises(OSError):
             data.load_data(ask(**changes), 0, workers)
 
-
-# ---------------------------------------------------------------- OpenML, by scikit-learn's own client
 
 @pytest.fixture(scope='module')
 def mnist_784():

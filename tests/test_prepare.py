@@ -24,11 +24,9 @@ def run(code, **env):
     """
     env = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
     done = subprocess.run([sys.executable, '-c', f'import os, sys\n{code}'], capture_output=True, text=True, cwd=ROOT,
-                          timeout=60, env=env)
+                          timeout=300, env=env)
     return [done.returncode, done.stdout, done.stderr]
 
-
-# ---------------------------------------------------------------- machines that cannot run it
 
 def failing(module, error):
     """Code after which the import of a module raises that."""
@@ -60,29 +58,24 @@ def library(name, module='mxnet', kind='OSError'):
     'libz': (library('libz.so.1'), ['apt-get install zlib1g']),
     'no driver': (library('libcuda.so.1'), ['libcuda.so.1', 'driver', 'tests/requirements.txt']),
     **{name: (library(name), [name, 'pip install', '-r requirements.txt'])
-       for name in ('libcudart.so.11.0', 'libcudnn.so.8')}})
+       for name in ('libcudart.so.11.0', 'libcudnn.so.8')},
+    **{f'not foreseen: {words}': (fake, ['Traceback', words]) for fake, words in (
+        (library('libgmp.so.10'), 'libgmp.so.10'),
+        (library('libgomp_plugin.so.1'), 'libgomp_plugin.so.1'),
+        (failing('mxnet', "OSError('/x/libmxnet.so: undefined symbol: cudnnCreate')"), 'undefined symbol'),
+        (failing('mxnet', '''ImportError("cannot import name 'bool' from 'numpy'")'''), 'cannot import name'),
+        (failing('mxnet', '''ModuleNotFoundError("No module named 'numpy.core'", name='numpy.core')'''), 'numpy.core'),
+        (failing('joblib', "PermissionError(13, 'Permission denied')"), 'Permission denied'),
+        (failing('visual', "ImportError('a mistake in visual.py')"), 'a mistake in visual.py'))}})
 def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(fake, words):
+    """But an error that nobody has foreseen keeps its traceback."""
     status, _, err = run(f'{fake}\nimport dcgan')
-    assert status == 1 and err.count('\n') == 1, err
-    assert err.startswith('dcgan.py: ') and all(word in err for word in words), err
-    if not any('pip' in word or 'requirements' in word for word in words):
-        assert 'requirements' not in err  # only what helps
+    assert status == 1 and all(word in err for word in words), err
+    if 'Traceback' not in words:
+        assert err.count('\n') == 1 and err.startswith('dcgan.py: '), err
+        needs = any('pip' in word or 'requirements' in word for word in words)
+        assert needs or 'requirements' not in err  # only what helps
 
-
-@pytest.mark.parametrize('fake, words', [
-    (library('libgmp.so.10'), 'libgmp.so.10'),
-    (library('libgomp_plugin.so.1'), 'libgomp_plugin.so.1'),
-    (failing('mxnet', "OSError('/x/libmxnet.so: undefined symbol: cudnnCreate')"), 'undefined symbol'),
-    (failing('mxnet', '''ImportError("cannot import name 'bool' from 'numpy'")'''), 'cannot import name'),
-    (failing('mxnet', '''ModuleNotFoundError("No module named 'numpy.core'", name='numpy.core')'''), 'numpy.core'),
-    (failing('joblib', "PermissionError(13, 'Permission denied')"), 'Permission denied'),
-    (failing('visual', "ImportError('a mistake in visual.py')"), 'a mistake in visual.py')])
-def test_an_unexpected_error_at_import_keeps_its_traceback(fake, words):
-    status, _, err = run(f'{fake}\nimport dcgan')
-    assert status == 1 and err.startswith('Traceback') and words in err, err
-
-
-# ---------------------------------------------------------------- names that NumPy took away
 
 def test_numpy_and_its_users_are_as_they_were_after_the_import():
     status, _, err = run('''
@@ -118,8 +111,6 @@ def test_only_mxnet_is_answered_while_it_is_imported(monkeypatch):
     assert ask('mxnet.numpy.fallback') == [None, 'none']
     assert ask('scipy.sparse') == ask('mxnetlike') == ['none', 'none']
 
-
-# ---------------------------------------------------------------- the environment
 
 ENVIRONMENT = {'MXNET_USE_FUSION': '0', 'MXNET_CUDNN_LIB_CHECKING': '0', 'CUDA_MODULE_LOADING': 'LAZY',
                'MXNET_GPU_MEM_POOL_RESERVE': '1'}
@@ -161,8 +152,6 @@ def test_a_worker_is_given_the_schedulers_address_as_numbers():
         assert (status, out, err.count('\n')) == (1, '', 1)
         assert err.startswith(f'dcgan.py: DMLC_PS_ROOT_URI={host}: ') and 'address' in err
 
-
-# ---------------------------------------------------------------- the GPU build's libraries
 
 @pytest.fixture(scope='module')
 def stub(tmp_path_factory):
@@ -230,8 +219,6 @@ def test_libraries_of_cuda_12_beside_mxnet_are_left_alone(stub, tmp_path):
     (tmp_path / 'mxnet').symlink_to(os.path.dirname(mx.__file__))
     assert opened('', PYTHONPATH=str(tmp_path)) == []
 
-
-# ---------------------------------------------------------------- devices
 
 @pytest.mark.parametrize('gpu_build, found, ctx, words', [
     (True, 0, mx.cpu(), ['WARNING', 'driver', 'R450', 'CUDA_VISIBLE_DEVICES', '--gpus all', 'CPU']),
