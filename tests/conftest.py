@@ -14,7 +14,7 @@ import dcgan
 
 mx, data = dcgan.mx, dcgan.data
 
-ROOT = sys.path[0]
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL_MNIST = os.path.join(ROOT, '..', 'shared', 'mnist')
 needs_mnist = pytest.mark.skipif(not os.path.isdir(REAL_MNIST), reason='the real MNIST is not here')
 

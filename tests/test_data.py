@@ -144,17 +144,22 @@ def test_missing_idx(tmp_path, name):
     refused(lambda: data.get_mnist(str(missing.parent)), missing, 'no such file', 'mnist_path')
 
 
-def test_pixel_iter():
+def test_batches():
     """Each level is the float that NumPy makes of it; classes are positions among the sorted labels."""
     X, _ = random_images(3, (1, 64, 64))
     assert len(np.unique(X)) == 256
-    batches = data.PixelIter(X[:], np.array([7, 200, 3]), 3, 3, conditional=True)
+    batches = data.PixelIter(X[:], np.array([7, 200, 3]), 3, 3, mx.cpu(1), conditional=True)
     assert batches.class_names == ['3', '7', '200'] and batches.num_data == 3
     assert_equal([batches.classes], [np.array([1, 2, 0], np.int32)])
     expected = [np.tile(X.astype(np.float32) / (255.0 / 2) - 1.0, (1, 3, 1, 1)), np.array([1, 2, 0], np.float32)]
     batch = next(batches)
     assert_equal([array.asnumpy() for array in batch.data], expected)
     assert [(told.shape, told.dtype) for told in batches.provide_data] == [(a.shape, a.dtype) for a in batch.data]
+    latents = data.RandIter(5, 7, mx.cpu(1), batches.classes)  # the textbook judges what is in them
+    told, = latents.provide_data
+    rbatch = next(latents)
+    assert (told.name, told.shape) == ('rand', (5, 10, 1, 1)) == ('rand', rbatch.data[0].shape)
+    assert all(array.context == mx.cpu(1) for array in batch.data + rbatch.data + rbatch.label)
     X[:] = 255  # seen by the iterator: it has no copy of its own, float or not
     batches.reset()
     assert (next(batches).data[0].asnumpy() == 1).all()
