@@ -173,7 +173,6 @@ def room(size=resource.RLIM_INFINITY):
 # ---------------------------------------------------------------- a run's folder
 
 def test_what_a_run_leaves(finished):
-    """Two states, three files of parameters an epoch, and nothing temporary."""
     folder = newest(finished.out)
     stamp = re.fullmatch(r'digits_(\d{4}_\d\d_\d\d-\d\d_\d\d)', os.path.basename(folder))[1]
     assert names(finished.out) == [f'digits_{stamp}']
@@ -485,7 +484,6 @@ def test_a_signal_saves_and_says_how_to_go_on(tiny, finished, capsys, monkeypatc
 
 
 def test_nohup(tiny, finished, monkeypatch):
-    """A lost terminal does not stop a run that nohup has started."""
     before_steps(monkeypatch, {12: lambda: signal.raise_signal(signal.SIGHUP)})
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     dcgan.train(tiny())
