@@ -1,11 +1,9 @@
-import contextlib
 import csv
-import glob
+import itertools
 import os
+import pathlib
 import signal
-import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -42,59 +40,71 @@ def few(tiny, monkeypatch):
     return settings
 
 
-@pytest.fixture
-def child(tmp_path):
-    """Start `train` with such settings in a process and session of its own.
+def cases(names, table):
+    """Parametrise a test with a table's values; its keys are their names."""
+    return pytest.mark.parametrize(names, list(table.values()), ids=list(table))
 
-    The process is killed at the end of the test, or when the test has hung for too long.
+
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """A job in the background ignores INT, and one that nohup has started HUP: the tests may be such a job.
+
+    Whatever a run does with signals while it lasts, at its end they do what they did before.
     """
-    started = []
-
-    def kill():
-        for process in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-    watchdog = threading.Timer(1800, kill)
-    watchdog.start()
-
-    def start(before='', env=(), stdout=subprocess.PIPE, **changes):
-        settings = {**TINY, 'out': str(tmp_path / 'out'), **changes}
-        code = f'import dcgan\nmx = dcgan.mx\n{before}\ndcgan.train(dcgan.Settings(**{settings!r}))'
-        process = subprocess.Popen([sys.executable, '-c', code], stdout=stdout, stderr=subprocess.PIPE,
-                                   text=True, start_new_session=True, cwd=tmp_path,
-                                   env={**os.environ, 'PYTHONPATH': ROOT, **dict(env)})
-        started.append(process)
-        return process
-
-    yield start
-    watchdog.cancel()
-    kill()
-    for process in started:
-        if process.stdout and process.stdout.closed:
-            process.stdout = None
-        process.communicate()
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+             signal.SIGHUP: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL}
+    before = {signum: signal.signal(signum, what) for signum, what in usual.items()}
+    yield
+    after = {signum: signal.signal(signum, what) for signum, what in before.items()}
+    assert after == usual
 
 
-def wait_for_line(process, start):
-    """Read what a process prints, up to a line that starts so. Return that line."""
-    for line in process.stdout:
-        if line.startswith(start):
-            return line
-    return pytest.fail(f'ended without a line that starts with {start!r}: {process.stderr.read()}')
+def ended(s):
+    """Train, and return what a process would end with: its status, or one line."""
+    with pytest.raises(SystemExit) as caught:
+        dcgan.train(s)
+    assert '\n' not in str(caught.value.code)
+    return caught.value.code
 
 
-def stop_after(monkeypatch, steps):
-    """Have a run in this process get SIGTERM in its `steps`-th step from now."""
-    step, done = dcgan.train_step, []
+def refused(call, *words):
+    """What it raises has one line with all these words."""
+    with pytest.raises((ValueError, OSError)) as error:
+        call()
+    assert '\n' not in str(error.value)
+    for word in words:
+        assert str(word) in str(error.value)
+
+
+def before_steps(monkeypatch, actions):
+    """Have a run in this process call actions[n] before its n-th step from now, the first being 1."""
+    step, count = dcgan.train_step, itertools.count(1)
 
     def counted(*args):
-        done.append(0)
-        if len(done) == steps:
-            signal.raise_signal(signal.SIGTERM)
+        actions.get(next(count), lambda: None)()
         return step(*args)
 
     monkeypatch.setattr(dcgan, 'train_step', counted)
+
+
+def watch_steps(monkeypatch, look):
+    """The list in which, step by step, will be what `look` makes of the modules and of what `train_step` returns."""
+    step, seen = dcgan.train_step, []
+
+    def watched(*args):
+        found = step(*args)
+        seen.append(look(args[:3], *found))
+        return found
+
+    monkeypatch.setattr(dcgan, 'train_step', watched)
+    return seen
+
+
+def train_and_stop(s, steps):
+    """Train, and stop at the next line after so many steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_steps(patch, {steps: lambda: signal.raise_signal(signal.SIGTERM)})
+        assert ended(s) == 143
 
 
 def newest(out):
@@ -110,13 +120,12 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
-def final_params(out):
-    """{'G' or 'D': {name: array}} of the newest run's last .params."""
-    last = {net: max(glob.glob(f'{glob.escape(newest(out))}/*_{net}_*.params')) for net in 'GD'}
-    return {net: {name: array.asnumpy() for name, array in mx.nd.load(last[net]).items()} for net in 'GD'}
+def state(out):
+    """{name: bytes} of all arrays of the newest run's newest state."""
+    return {name: array.tobytes() for name, array in dcgan.find_state(newest(out))[1].items()}
 
 
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(
-        a[net].keys() == b[net].keys() and all(a[net][name].tobytes() == b[net][name].tobytes() for name in a[net])
-        for net in a)
+def contents(folder):
+    """{path: bytes} of the files in a folder and below it."""
+    paths = (path for path in pathlib.Path(folder).rglob('*') if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}

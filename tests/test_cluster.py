@@ -14,14 +14,12 @@ import data
 import numpy as np
 import pytest
 import textbook
-from conftest import ROOT, TINY, final_params, newest, same_bits, stop_after
+from conftest import ROOT, TINY, cases, newest, state
 
 import dcgan
 
 mx = dcgan.mx
 
-
-# ---------------------------------------------------------------- several devices
 
 def test_two_devices_equal_the_textbook_with_two_half_batches(tiny):
     """To the last bit: a sum of two has one order. With more devices the order of the sum is MXNet's."""
@@ -30,23 +28,9 @@ def test_two_devices_equal_the_textbook_with_two_half_batches(tiny):
     for kvstore in 'local', 'device':
         s = tiny(ctx=(mx.cpu(0), mx.cpu(1)), kvstore=kvstore, batch_size=300)
         dcgan.train(s)
-        found = {name[4:]: array for arrays in final_params(s.out).values() for name, array in arrays.items()}
-        assert [name for name, array in expected.items() if found[name].tobytes() != array.tobytes()] == [], kvstore
+        found = state(s.out)
+        assert [name for name, array in expected.items() if found[name] != array.tobytes()] == [], kvstore
 
-
-def test_two_devices_stopped_and_resumed(tiny, tmp_path, monkeypatch):
-    other = str(tmp_path / 'other')
-    dcgan.train(tiny(ctx=(mx.cpu(0), mx.cpu(1)), epochs=2))
-    stop_after(monkeypatch, 17)  # the second of epoch 1
-    with pytest.raises(SystemExit, match='143'):
-        dcgan.train(tiny(ctx=(mx.cpu(0), mx.cpu(1)), epochs=2, out=other))
-    assert dcgan.find_state(newest(other))[0]['iteration'] == 10
-    dcgan.train(tiny(ctx=(mx.cpu(0), mx.cpu(1)), epochs=2, out=other, resume='latest'))
-    first, second = (dcgan.find_state(newest(out))[1] for out in (tmp_path / 'out', other))
-    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
-
-
-# ---------------------------------------------------------------- several machines
 
 @contextlib.contextmanager
 def cluster(folder, code='', **changes):
@@ -143,7 +127,7 @@ dcgan.train_step = gated
     with cluster(tmp_path, resume='latest', conditional=True) as processes:
         statuses, outputs = finish(processes)
     assert statuses == [0] * 4, outputs
-    assert same_bits(final_params(tmp_path / 'out'), final_params(whole[0] / 'out'))
+    assert state(tmp_path / 'out') == state(whole[0] / 'out')
 
 
 def test_a_pipe_that_nobody_reads_stops_all(tmp_path):
@@ -156,18 +140,23 @@ def test_a_pipe_that_nobody_reads_stops_all(tmp_path):
     dcgan.find_state(newest(tmp_path / 'out'))
 
 
-@pytest.mark.parametrize('resume, code', [
-    ('', 'settings.seed = number'),
-    ('', 'get = dcgan.data.get_digits\ndcgan.data.get_digits = lambda labels: [X // number for X in get(labels=True)]'),
-    ('latest', 'if number == 3: settings.resume = min(glob.glob("out/*/state-*.npz"))'),
-    ('latest', 'if number == 3: settings.resume = "nowhere"')], ids=['settings', 'data', 'older state', 'no state'])
-def test_workers_that_differ(whole, tmp_path, resume, code):
-    """Each would train weights of its own, and nobody would notice."""
+DIFFER = 'the workers have different'
+
+
+@cases('resume, code, words', {
+    'settings': ('', 'settings.seed = number', DIFFER),
+    'data': ('', 'X, *others = dcgan.data.get_digits(labels=True)\n'
+                 'dcgan.data.get_digits = lambda labels: [X // number, *others]', DIFFER),
+    'older state': ('latest', 'if number == 3: settings.resume = min(glob.glob("out/*/state-*.npz"))', DIFFER),
+    'no state': ('latest', 'if number == 3: settings.resume = "nowhere"', DIFFER),
+    'not finite': ('', 'settings.lr = 1e30', 'is not finite')})
+def test_workers_that_cannot_go_on(whole, tmp_path, resume, code, words):
+    """Where they differ each would train weights of its own, and nobody would notice."""
     shutil.copytree(whole[0] / 'out', tmp_path / 'out')
     with cluster(tmp_path, code, resume=resume, epochs=3, conditional=True) as processes:
         statuses, outputs = finish(processes[2:])
     assert statuses == [1, 1]
-    assert all('the workers have different' in err and err.count('\n') == 1 for _, err in outputs), outputs
+    assert all(words in err and err.count('\n') == 1 for _, err in outputs), outputs
 
 
 def test_a_mistake_in_a_worker_ends_it_at_once(tmp_path):
@@ -176,12 +165,6 @@ def test_a_mistake_in_a_worker_ends_it_at_once(tmp_path):
         statuses, ((_, err),) = finish(processes[3:])
         assert [process.poll() for process in processes[:3]] == [None] * 3
     assert statuses == [1] and "TypeError: 'NoneType' object is not callable" in err
-
-
-def test_weights_that_are_not_finite_end_every_worker(tmp_path):
-    with cluster(tmp_path, lr=1e30) as processes:
-        statuses, outputs = finish(processes[2:])
-    assert statuses == [1, 1] and all('is not finite' in err for _, err in outputs), outputs
 
 
 @pytest.mark.parametrize('variables, changes, message', [

@@ -108,17 +108,12 @@ def test_by_hand():
     single.class_names = ['c0']
     single.classifier.predict_proba = lambda features: np.tile([0.4, 0.6], (len(features), 1))
     assert single.count(batches(images))['share_c0'] == 1
-
-
-def test_classes_asked_for():
     asked = np.arange(100) % 10
     images = flat(asked)
     asked[[0, 10]] = 5  # two zeros where fives were asked for
     row = reader(np.arange(10)).count(batches(images, asked, 7))
     assert np.isclose(row['asked'], 0.98) and np.isclose(row['asked_worst'], 10 / 12) and row['median'] == 4
-
-
-def test_channels_count_by_their_mean():
+    # channels count by their mean
     images = flat(np.full(30, 4), 3)
     images[:, 0], images[:, 1] = -1, 8 / 127.5 - 1
     row = reader(np.arange(10)).count(batches(images))

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import textbook
-from conftest import ROOT, stop_after
+from conftest import ROOT, newest, train_and_stop
 
 import dcgan
 
@@ -29,6 +29,7 @@ GPUS = [mx.cpu(1), mx.cpu(2)] if STAND_IN else [mx.gpu(i) for i in range(mx.cont
 if not GPUS:
     pytest.skip('MXNet sees no GPU', allow_module_level=True)
 
+number_of_gpus = pytest.mark.parametrize('gpus', range(1, len(GPUS) + 1))
 # float32 as on the CPU; the same algorithms in every run
 PRECISELY = {'NVIDIA_TF32_OVERRIDE': '0', 'MXNET_ENFORCE_DETERMINISM': '1', 'MXNET_CUDNN_AUTOTUNE_DEFAULT': '0'}
 
@@ -48,8 +49,6 @@ def make_settings(tmp_path, **changes):
              display=False, coverage=False)
     return dcgan.Settings(**{**s, **changes})
 
-
-# ---------------------------------------------------------------- the first step
 
 # How far what a GPU computes may be from what a CPU does by rounding alone. The last two come after Adam's first step,
 # which is lr or -lr also where a gradient is nearly 0: weights changed by 1e-5 of their size change them by 0.001 and
@@ -96,13 +95,11 @@ def pictures(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize('gpus', [1, 2])
+@number_of_gpus
 @pytest.mark.parametrize('changes', [
     dict(nc=1), dict(nc=3), dict(conditional=True), dict(dataset='imagenet', augment=False)],
     ids=['nc 1', 'nc 3', 'conditional', 'photos'])
 def test_the_first_step_is_that_of_a_cpu(tmp_path, pictures, changes, gpus):
-    if gpus > len(GPUS):
-        pytest.skip('there is one GPU')
     s = make_settings(tmp_path, ctx=tuple(GPUS[:gpus]), imgnet_path=pictures, ngf=16, ndf=16, **changes)
     found = first_step(s)
     if s.dataset == 'digits' and not s.conditional:
@@ -114,12 +111,8 @@ def test_the_first_step_is_that_of_a_cpu(tmp_path, pictures, changes, gpus):
         assert distance <= tolerance, f'{name}: off by {distance:.1e}; by rounding alone at most {tolerance:.0e}'
 
 
-# ---------------------------------------------------------------- runs
-
 def last_state(s):
-    """The arrays of the newest state, by name."""
-    with np.load(max(glob.glob(f'{s.out}/*/state-*.npz'))) as arrays:
-        return {name: arrays[name] for name in arrays.files if arrays[name].dtype.kind == 'f'}
+    return dcgan.find_state(newest(s.out))[1]
 
 
 def differing(a, b):
@@ -129,20 +122,15 @@ def differing(a, b):
     return far and f'{len(far)} of {len(a)} arrays differ, {max(far, key=far.get)} by up to {max(far.values()):.1e}'
 
 
-@pytest.mark.parametrize('gpus', [1, 2])
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(tmp_path, monkeypatch, gpus):
-    if gpus > len(GPUS):
-        pytest.skip('there is one GPU')
+@number_of_gpus
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(tmp_path, gpus):
     whole, again, stopped = (make_settings(tmp_path / name, epochs=2, ctx=tuple(GPUS[:gpus]))
                              for name in ('whole', 'again', 'stopped'))
     for s in whole, again:
         dcgan.train(s)
     apart = differing(last_state(whole), last_state(again))
     assert not apart, f'two whole runs of one seed are not the same, so this says nothing of a stop: {apart}'
-    with monkeypatch.context() as patch:
-        stop_after(patch, 22)
-        with pytest.raises(SystemExit):
-            dcgan.train(stopped)
+    train_and_stop(stopped, 22)
     assert glob.glob(f'{stopped.out}/*/state-0001-000010.npz'), 'stopped in epoch 1, it left no state'
     dcgan.train(dcgan.dataclasses.replace(stopped, resume='latest'))
     apart = differing(last_state(whole), last_state(stopped))
@@ -176,8 +164,6 @@ def test_samples_are_those_of_a_cpu(tmp_path):
         assert distance <= 2, f'{what}: {distance} of 255 from the same on a CPU'
         assert found.std() > 0
 
-
-# ---------------------------------------------------------------- memory and speed
 
 def measure(out, width=64, copies=6, first=40, last=140):
     """Seconds of an iteration of a run from one of its lines to another, and of a step where the host never waits."""

@@ -1,5 +1,4 @@
 """The networks, the step against the textbook, the metrics, the averages, the lines, whole runs, and the settings."""
-import contextlib
 import functools
 import io
 import os
@@ -7,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 
 import data
 
@@ -16,13 +14,14 @@ import mxnet as mx
 import numpy as np
 import pytest
 import textbook
-from conftest import ROOT, TINY, final_params, newest, rows, same_bits
+from conftest import ROOT, TINY, ended, newest, rows, state, train_and_stop, watch_steps
 
 import dcgan
 import visual
 
-LINE = re.compile(r"^epoch: (\d+) iter: (\d+) metric: \('facc', \d\.\d+\) \('fentropy', \d+\.\d+\) "
-                  r"\('fentropy', \d+\.\d+\) (\d+)/s, ((?:\d+ days?, )?\d+:\d\d:\d\d) left$", re.M)
+# what is printed -> [(epoch, iteration, images/s, time left)], as text
+lines = re.compile(r"^epoch: (\d+) iter: (\d+) metric: \('facc', \d\.\d+\) \('fentropy', \d+\.\d+\) "
+                   r"\('fentropy', \d+\.\d+\) (\d+)/s, ((?:\d+ days?, )?\d+:\d\d:\d\d) left$", re.M).findall
 METRICS = ('facc', 'fentropy_G', 'fentropy_D')
 ALL = data.get_digits(labels=True)
 
@@ -42,44 +41,27 @@ def clock(monkeypatch):
     return Clock
 
 
-def watch_steps(monkeypatch, look):
-    """The list in which, step by step, will be what `look` makes of the modules and of what `train_step` returns."""
-    step, seen = dcgan.train_step, []
-
-    def watched(*args):
-        found = step(*args)
-        seen.append(look(args[:3], *found))
-        return found
-
-    monkeypatch.setattr(dcgan, 'train_step', watched)
-    return seen
-
-
 # ---------------------------------------------------------------- networks
 
 @pytest.mark.parametrize('classes', [0, 10])
 @pytest.mark.parametrize('nc', [1, 3])
 def test_shapes_at_the_defaults(nc, classes):
-    gout, dloss = dcgan.make_dcgan_sym(64, 64, nc, d1_bias=True, classes=classes)
     inputs = {'rand': (64, 100 + classes, 1, 1), 'data': (64, nc, 64, 64), 'label': (64,)}
-    layers = {'rand': (100 + classes, 1, 1), 'g1': (512, 4, 4), 'gbn1': (512, 4, 4), 'gact1': (512, 4, 4),
-              'g2': (256, 8, 8), 'gbn2': (256, 8, 8), 'gact2': (256, 8, 8), 'g3': (128, 16, 16),
-              'gbn3': (128, 16, 16), 'gact3': (128, 16, 16), 'g4': (64, 32, 32), 'gbn4': (64, 32, 32),
-              'gact4': (64, 32, 32), 'g5': (max(nc, 2), 64, 64), 'gact5': (nc, 64, 64),
-              'data': (nc, 64, 64), 'd1': (64, 32, 32), 'dact1': (64, 32, 32), 'd2': (128, 16, 16),
-              'dbn2': (128, 16, 16), 'dact2': (128, 16, 16), 'd3': (256, 8, 8), 'dbn3': (256, 8, 8),
-              'dact3': (256, 8, 8), 'd4': (512, 4, 4), 'dbn4': (512, 4, 4), 'dact4': (512, 4, 4),
-              'd5': (max(classes, 1), 1, 1), 'dloss': (1,)}
-    weights = {'g1': (100 + classes, 512, 4, 4), 'g2': (512, 256, 4, 4), 'g3': (256, 128, 4, 4), 'g4': (128, 64, 4, 4),
-               'g5': (64, max(nc, 2), 4, 4), 'd1': (64, nc, 4, 4), 'd2': (128, 64, 4, 4), 'd3': (256, 128, 4, 4),
-               'd4': (512, 256, 4, 4), 'd5': (max(classes, 1), 512, 4, 4)}
     found = {}
-    for symbol in (gout, dloss):
+    for symbol in dcgan.make_dcgan_sym(64, 64, nc, d1_bias=True, classes=classes):
         given = {name: shape for name, shape in inputs.items() if name in symbol.list_arguments()}
         internals = symbol.get_internals()
         found.update(zip(internals.list_outputs(), internals.infer_shape(**given)[1]))
-    assert all(found.get(f'{name}_output', found.get(name)) == (64,) + shape for name, shape in layers.items())
-    assert {name: found[f'{name}_weight'] for name in weights} == weights
+    G = [100 + classes, 512, 256, 128, 64, max(nc, 2)]  # what comes in, and the layers' filters
+    D = [nc, 64, 128, 256, 512, max(classes, 1)]
+    sizes = [1, 4, 8, 16, 32, 64]
+    for i in range(1, 6):
+        assert found[f'g{i}_output'] == (64, G[i], sizes[i], sizes[i])
+        assert found[f'd{i}_output'] == (64, D[i], sizes[5 - i], sizes[5 - i])
+        assert found[f'g{i}_weight'] == (G[i - 1], G[i], 4, 4) and found[f'd{i}_weight'] == (D[i], D[i - 1], 4, 4)
+    for name in [f'{kind}{i}_output' for kind in ('gbn', 'gact', 'dbn', 'dact') for i in range(1, 5)]:
+        assert name == 'dbn1_output' or found[name] == found[re.sub('bn|act', '', name)]
+    assert found['gact5_output'] == (64, nc, 64, 64) and found['dloss_output'] == (64, 1)
     assert [name for name in found if name.endswith('_bias')] == ['d1_bias'] and ('digit' in found) == bool(classes)
     biases = [name for symbol in dcgan.make_dcgan_sym(64, 64, nc) for name in symbol.list_arguments() if 'bias' in name]
     assert biases == []  # the published script's call
@@ -130,67 +112,52 @@ def test_training_equals_the_textbook_to_the_last_bit(few, nc, settings, conditi
     classes = ALL[2][:115] if conditional else None  # the digits are all there, and so their own positions
     X = np.tile(ALL[0][:115].astype(np.float32) / (255.0 / 2) - 1.0, (1, nc, 1, 1))
     expected, metrics = textbook.train(X, 12, 8, 4, nc, 8, 10, y=classes, **settings)
-    found = {name[4:]: array for arrays in final_params(s.out).values() for name, array in arrays.items()}
-    assert found.keys() == expected.keys()
-    assert [name for name in found if found[name].tobytes() != expected[name].tobytes()] == []
+    found = state(s.out)
+    assert [name for name, array in expected.items() if found[name] != array.tobytes()] == []
     # a line's metrics, gathered late, are the means of its own steps, each of which is in one line
     for row, steps in zip(rows(s.out), (metrics[:10], metrics[10:12], metrics[12:22], metrics[22:])):
         assert np.allclose([float(row[name]) for name in METRICS], np.mean(steps, axis=0), rtol=1e-6)
 
 
-@pytest.mark.parametrize('lr, head_start, expected', [(0.0002, 3, [0.001] * 3 + [0.0002] * 9), (0.01, 3, [0.01] * 12)])
-def test_the_learning_rate_of_each_step(few, monkeypatch, lr, head_start, expected):
+def test_a_head_start_is_not_slower_than_the_rest(few, monkeypatch):
     seen = watch_steps(monkeypatch, lambda mods, *_: [mod._optimizer.learning_rate for mod in mods[:2]])
-    dcgan.train(few(lr=lr, head_start=head_start))
-    assert seen == [[lr, lr] for lr in expected]
+    dcgan.train(few(lr=0.01, head_start=3))
+    assert seen == [[0.01, 0.01]] * 12
 
 
 # ---------------------------------------------------------------- nothing waits
 
 def test_the_gradients_sum_and_the_updates_wait_together(few, monkeypatch):
     """Steps 5 and 8 run inside `mx.engine.bulk`: on a GPU each operator outside would wait for its stream."""
-    bulks, outside, inside = [], [], []
+    sizes = []
 
-    @contextlib.contextmanager
-    def bulk(size, bulk=mx.engine.bulk):
-        assert size >= 24  # the arrays of an update
-        with bulk(size):
-            bulks.append(size)
-            yield
-            bulks.pop()
+    def watched(*args, original):
+        sizes.append(mx.engine.set_bulk_size(0))  # what it was
+        mx.engine.set_bulk_size(sizes[-1])
+        return original(*args)
 
-    def watched(original):
-        return lambda *args: (inside if bulks else outside).append(0) or original(*args)
-
-    monkeypatch.setattr(mx.engine, 'bulk', bulk)
-    monkeypatch.setattr(mx.nd.NDArray, '__iadd__', watched(mx.nd.NDArray.__iadd__))
-    monkeypatch.setattr(mx.mod.Module, 'update', watched(mx.mod.Module.update))
+    for owner, name in (mx.nd.NDArray, '__iadd__'), (mx.mod.Module, 'update'):
+        monkeypatch.setattr(owner, name, functools.partialmethod(watched, original=getattr(owner, name)))
     dcgan.train(few(batch_size=115))
-    assert outside == [] and len(inside) == 12 + 2  # the gradients of D; the two networks
+    assert len(sizes) == 12 + 2 and min(sizes) >= 24  # the gradients of D, the two networks; the arrays of an update
 
 
 @pytest.mark.parametrize('conditional', [False, True])
 def test_nothing_waits_between_two_lines(few, monkeypatch, conditional):
     """Of the loop's asnumpy and waits none is between two lines; a line's metrics are one copy."""
-    calls, at_step, at_line = [], [], []
-    for owner, name in ((mx.nd.NDArray, 'asnumpy'), (mx.nd.NDArray, 'wait_to_read'), (mx.nd, 'waitall')):
+    events = []
+    for owner, name in ((mx.nd.NDArray, 'asnumpy'), (mx.nd.NDArray, 'wait_to_read'), (mx.nd, 'waitall'),
+                        (dcgan, 'train_step'), (dcgan.Run, 'print_line')):
         original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, name=name, f=original: calls.append(name) or f(*args))
-    step, line = dcgan.train_step, dcgan.Run.print_line
-    monkeypatch.setattr(dcgan, 'train_step', lambda *args: at_step.append(len(calls)) or step(*args))
-
-    def counted(run):
-        before = len(calls)
-        line(run)
-        at_line.append((before, len(calls)))
-
-    monkeypatch.setattr(dcgan.Run, 'print_line', counted)
-    dcgan.train(few(batch_size=5, conditional=conditional))  # 23 iterations
-    assert len(at_step) == 23
-    for before, after in at_line:  # then the mean of G waits, or it could miss BatchNorm's moving averages
-        assert calls[before:after + 1] == ['asnumpy', 'waitall']
-    for first, last, (before, _) in zip((0, 10, 20), (9, 19, 22), at_line):
-        assert at_step[first] == at_step[last] == before
+        monkeypatch.setattr(owner, name, lambda *args, name=name, f=original: events.append(name) or f(*args))
+    dcgan.train(few(batch_size=5, conditional=conditional))
+    for steps in (10, 10, 3):
+        first, line = events.index('train_step'), events.index('print_line')
+        assert events[first:line] == ['train_step'] * steps
+        # then the mean of G waits, or it could miss BatchNorm's moving averages
+        assert events[line:line + 3] == ['print_line', 'asnumpy', 'waitall']
+        del events[:line + 1]
+    assert 'train_step' not in events
 
 
 # ---------------------------------------------------------------- metrics and averages
@@ -221,14 +188,8 @@ def test_the_mean_of_g(few, monkeypatch, average):
     assert about['average_count'] == 6
     exact = {name: arrays[f'{name}_average'].tobytes() == seen[-1][name].tobytes() for name in mean}
     assert all(np.allclose(arrays[f'{name}_average'], mean[name], rtol=1e-5, atol=1e-7) for name in mean)
-    files = sorted(name for name in os.listdir(newest(s.out)) if '_Gmean_' in name)
-    if not average:
-        assert files == [] and all(exact.values())
-        return
-    assert not exact['g1_weight'] and [name[-11:] for name in files] == ['0000.params', '0001.params', 'symbol.json']
-    saved = mx.nd.load(os.path.join(newest(s.out), files[1]))
-    assert {name[4:]: array.asnumpy().tobytes() for name, array in saved.items()} == {
-        name: arrays[f'{name}_average'].tobytes() for name in mean}
+    files = [name for name in os.listdir(newest(s.out)) if '_Gmean_' in name]  # as in the state: test_checkpoints.py
+    assert (len(files), all(exact.values()), exact['g1_weight']) == ((3, False, False) if average else (0, True, True))
 
 
 def test_nothing_that_is_shown_disturbs_the_run(few, capsys):
@@ -236,48 +197,28 @@ def test_nothing_that_is_shown_disturbs_the_run(few, capsys):
     for changes in ({}, {}, dict(average=0.0, coverage=True, monitor=5, display=True, plot=True), dict(seed=4)):
         s = few(out=f'{few().out}{len(found)}', epochs=2, **changes)
         dcgan.train(s)
-        found.append(final_params(s.out))
+        found.append({name: array for name, array in state(s.out).items() if not name.endswith('_average')})
         if s.plot:
             assert all(os.path.exists(f'{newest(s.out)}/net_{net}.png') == bool(shutil.which('dot')) for net in 'GD')
-    assert same_bits(*found[:2]) and same_bits(*found[1:3]) and not same_bits(*found[2:])
+    assert found[0] == found[1] == found[2] != found[3]
 
 
 # ---------------------------------------------------------------- lines and pictures
 
-def lines(out):
-    """The lines of iterations: [(epoch, iteration, images/s, time left)], as text."""
-    return [match.groups() for match in LINE.finditer(out)]
-
-
-def test_a_line_is_the_mean_of_its_iterations(few, capsys, clock):
-    s = few(batch_size=4)
-    data_iter = types.SimpleNamespace(num_data=4 * 12075 - 1, class_names=[], checksum=0)
-    run = dcgan.Run(s, None, data_iter, types.SimpleNamespace(num_workers=1), None, None)
-    run.tic, run.iteration, clock.now = clock.now, 10, clock.now + 10
-    run.answers = [[mx.nd.full((4, 1), value) for value in answers]
-                   for answers in [(0.25, 0.75, 0.5)] * 9 + [(0.75, 0.25, 1)]]
-    run.print_line()
-    entropy = 0.9 * np.log(4 / 3) + 0.1 * np.log(4)
-    assert capsys.readouterr().out == (f"epoch: 0 iter: 10 metric: ('facc', 0.90) ('fentropy', {0.9 * np.log(2):.2f}) "
-                                       f"('fentropy', {entropy:.2f}) 4/s, 3:21:05 left\n")
-    run.iteration, run.answers = 20, [[mx.nd.full((4, 1), value) for value in (0.75, 0.25, 1)]]
-    clock.now += 1
-    run.print_line()  # the metrics begin anew
-    assert re.search(r"\('facc', 0.00\) \('fentropy', -?0.00\) \('fentropy', 1.39\) 4/s", capsys.readouterr().out)
-
-
 def test_the_lines_of_a_run(few, clock, capsys):
-    s = few(epochs=2)
-    dcgan.train(s)
+    s = few(epochs=1000)
+    train_and_stop(s, 22)
     out = capsys.readouterr().out
     assert 'data: digits, 12 iterations an epoch; run: ' in out and 'WARNING' not in out
-    assert lines(out) == [('0', '10', '10', '0:00:14'), ('0', '12', '10', '0:00:12'),
-                          ('1', '10', '10', '0:00:02'), ('1', '12', '10', '0:00:00')]
+    assert lines(out) == [('0', '10', '10', '3:19:50'), ('0', '12', '10', '3:19:48'), ('1', '10', '10', '3:19:38')]
     columns = ('epoch', 'iteration', 'seconds', 'images_per_second')
-    assert [[float(row[name]) for name in columns] for row in rows(s.out)] == [
-        [0, 10, 10, 10], [0, 12, 12, 10], [1, 10, 22, 10], [1, 12, 24, 10]]
-    assert out.splitlines()[-1] == (f"done: everything is in {newest(s.out)}/; to go on: resume = 'latest'; images: "
-                                    "resume = 'latest', sample = 64")
+    found = [{name: float(row[name]) for name in (*columns, *METRICS)} for row in rows(s.out)]
+    assert [[row[name] for name in columns] for row in found] == [[0, 10, 10, 10], [0, 12, 12, 10], [1, 10, 22, 10]]
+    for row in found:
+        assert "metric: ('facc', {:.2f}) ('fentropy', {:.2f}) ('fentropy', {:.2f}) 10/s".format(
+            *(row[name] for name in METRICS)) in out
+    assert out.splitlines()[-1] == (f'stopped in epoch 1 after iteration 10: everything is in {newest(s.out)}/; to go '
+                                    "on: resume = 'latest'; images: resume = 'latest', sample = 64")
 
 
 def test_pictures_at_most_once_a_second(few, clock, monkeypatch):
@@ -319,11 +260,8 @@ def test_the_monitor_prints_the_layers_and_diff(few, capsys, monkeypatch):
 
 def test_a_notebook_gets_what_is_printed(few, monkeypatch):
     """Its stdout has the number of a file, which is not the cell."""
-    class Cell(io.StringIO):
-        def fileno(self):
-            return 1
-
-    cell = Cell()
+    cell = io.StringIO()
+    cell.fileno = lambda: 1
     monkeypatch.setattr(sys, 'stdout', cell)
     dcgan.train(few())
     assert 'epoch: 0 iter: 12 ' in cell.getvalue() and '\ndone: ' in cell.getvalue() and sys.stdout is cell
@@ -354,12 +292,7 @@ dcgan.main()"""
     assert out.splitlines()[-2].startswith('done: ')  # before what was in Python's buffer
     run, = os.listdir(tmp_path / 'out')
     assert re.fullmatch(r'digits_\d{4}(_\d\d){2}-\d\d_\d\d', run)
-    stamp = run.split('_', 1)[1]
-    assert sorted(os.listdir(tmp_path / 'out' / run)) == sorted([
-        'data.png', 'diff.png', 'gout.png', 'loss.png', 'gout-0000.png', 'gout-0001.png', 'film.webp', 'log.csv',
-        *(f'digits_{net}_{stamp}-{end}' for net in ('G', 'D', 'Gmean')
-          for end in ('0000.params', '0001.params', 'symbol.json')),
-        'state-0001-000000.npz', 'state-0002-000000.npz'])
+    assert {'film.webp', 'gout-0001.png', 'state-0002-000000.npz'} <= set(os.listdir(tmp_path / 'out' / run))
 
 
 @pytest.mark.parametrize('gpu_build', [False, True])
@@ -397,24 +330,21 @@ def test_arguments_on_the_command_line(tmp_path):
     (dict(pos_label=1.1), ['pos_label']), (dict(head_start=-1), ['head_start']), (dict(head_start=0.5), ['head_start']),
     (dict(d1_bias=1), ['d1_bias', 'True or False']), (dict(augment='no'), ['augment']),
     (dict(batch_size=116), ['batch_size', 'larger than the data']), (dict(sample=10 ** 6), ['sample']),
-    (dict(dataset='imagenet', imgnet_path='no.rec'), ['no.rec', 'no such file']),
     (dict(dataset='mnist', mnist_path='nowhere'), ['nowhere', 'train-images-idx3-ubyte']),
     (dict(fallback='x'), ['fallback']), (dict(kvstore='dist_async'), ['dist_async', 'dist_sync']),
-    (dict(sample=3), ['resume']), (dict(digits='12a', conditional=True, sample=1, resume='latest'), ['no run in']),
+    (dict(sample=3), ['resume']),
     (dict(ctx='gpu'), ['ctx', 'mx.cpu()']), (dict(ctx=()), ['ctx']), (dict(ctx=mx.gpu(0)), ['gpu(0)', 'mx.cpu()']),
     (dict(ctx=(mx.cpu(0), mx.cpu(1), mx.cpu(2))), ['batch_size', '3 devices']),
     (dict(out='/dev/null/out'), ['/dev/null']), (dict(out=''), ['out', 'folder']),
-    (dict(resume='nothing'), ['nothing', 'latest']), (dict(resume='latest'), ['latest']),
-    (dict(resume='x_G_y-0003.params'), ['resume', 'x_G_y']), (dict(kvstore='dist_sync'), ['DMLC_']),
+    (dict(resume='nothing'), ['nothing', 'latest']), (dict(resume='latest'), ['no run in']),
+    (dict(resume='x_G_y-0003.params'), ['resume', 'x_G_y']),
     (dict(digits=5551234, conditional=True), ['digits', 'quotes']), (dict(resume=True), ['resume', 'quotes']),
     (dict(out=None), ['out', 'quotes']), (dict(mnist_path=5), ['mnist_path']),
     (dict(conditional='no'), ['conditional', 'True or False']),
 ], ids=str)
 def test_errors_are_one_line(few, capsys, changes, words):
-    with pytest.raises(SystemExit) as caught:
-        dcgan.train(few(**changes))
-    message = caught.value.code
-    assert message.startswith('dcgan.py: ') and '\n' not in message
+    message = ended(few(**changes))
+    assert message.startswith('dcgan.py: ')
     assert all(word in message for word in words), message
     assert 'epoch:' not in capsys.readouterr().out
 
