@@ -18,8 +18,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL_MNIST = os.path.join(ROOT, '..', 'shared', 'mnist')
 needs_mnist = pytest.mark.skipif(not os.path.isdir(REAL_MNIST), reason='the real MNIST is not here')
 
-TINY = dict(dataset='digits', ngf=4, ndf=4, nc=1, Z=8, lr=0.0002, head_start=0, batch_size=100, epochs=1, seed=3,
-            display=False, coverage=False)
+TINY = dict(dataset='digits', ngf=4, ndf=4, nc=1, Z=8, lr=0.0002, head_start=0, lr_steady=12, batch_size=100, epochs=1,
+            seed=3, display=False, coverage=False)
 
 
 @pytest.fixture

@@ -43,7 +43,8 @@ def cells():
 
 def published(width, **settings):
     """The settings that are not in question, as the published script has them."""
-    return dcgan.Settings(ngf=width, ndf=width, d1_bias=False, pos_label=1., head_start=0, ctx=(mx.cpu(),), **settings)
+    return dcgan.Settings(ngf=width, ndf=width, d1_bias=False, pos_label=1., head_start=0, lr_steady=0, ctx=(mx.cpu(),),
+                          **settings)
 
 
 def prepare(path):

@@ -301,8 +301,8 @@ def test_a_state_file_begins_a_run_of_its_own(copy, finished, tmp_path):
 @pytest.mark.parametrize('net', ['G', 'D'])
 def test_params_begin_a_run_of_their_own(tiny, capsys, monkeypatch, net):
     """Epoch, head start and log go on; Adam begins anew, with its moments and its step count."""
-    rates = watch_steps(monkeypatch, lambda modules, *_: {mod._optimizer.learning_rate for mod in modules[:2]})
-    s = tiny(head_start=25)
+    rates = watch_steps(monkeypatch, lambda modules, *_: [mod._optimizer.learning_rate for mod in modules[:2]])
+    s = tiny(head_start=25, lr_steady=16)
     dcgan.train(s)
     folder = newest(s.out)
     before = contents(folder)
@@ -310,7 +310,8 @@ def test_params_begin_a_run_of_their_own(tiny, capsys, monkeypatch, net):
     capsys.readouterr()
     dcgan.train(replace(s, resume=path))
     assert "Adam's moments and step count begin at zero" in capsys.readouterr().out and contents(folder) == before
-    assert rates == [{0.001}] * 25 + [{0.0002}] * 8 + [{0.001}] * 3 + [{0.0002}] * 8
+    falling = [[0.0002 * 0.5 ** (quarters / 4), 0.0002] for quarters in range(9, 17)]  # G's and D's, from 25 to 32
+    assert rates == [[0.001] * 2] * 25 + falling + [[0.001] * 2] * 3 + falling
     new, = set(glob.glob(f'{s.out}/*')) - {folder}
     (about, began), (_, weights) = dcgan.find_state(f'{new}/state-0002-000000.npz'), dcgan.find_state(path)
     for name, array in began.items():
@@ -701,11 +702,12 @@ def test_other_datas_state(copy, monkeypatch):
 def test_other_settings_are_said(copy, capsys):
     """Here the epoch is also shorter than before, and counts as done."""
     edit_state(copy, lambda arrays, about: (about['settings'].update(workers=2), about.update(epoch=2, iteration=10)))
-    dcgan.train(replace(copy, epochs=4, lr=0.0003, seed=4, beta1=0.4, batch_size=22, pos_label=1., head_start=7))
+    dcgan.train(replace(copy, epochs=4, lr=0.0003, seed=4, beta1=0.4, batch_size=22, pos_label=1., head_start=7,
+                  lr_steady=9))
     said = [line.split(':')[1] for line in warnings(capsys.readouterr().out)]
     assert said == [' batch_size was 10 and is 22', ' lr was 0.0002 and is 0.0003', ' head_start was 0 and is 7',
-                    ' beta1 was 0.5 and is 0.4', ' pos_label was 0.9 and is 1.0', ' seed was 3 and is 4',
-                    ' workers was 2 and is 1']
+                    ' lr_steady was 12 and is 9', ' beta1 was 0.5 and is 0.4', ' pos_label was 0.9 and is 1.0',
+                    ' seed was 3 and is 4', ' workers was 2 and is 1']
     assert stands(copy.out) == (4, 0) and dcgan.find_state(newest(copy.out))[0]['num_update'] == 33 + 5
 
 

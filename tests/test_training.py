@@ -101,8 +101,10 @@ def test_only_with_the_bias_does_d_see_contrast(few):
 
 @pytest.mark.parametrize('conditional', [False, True], ids=['', 'conditional'])
 @pytest.mark.parametrize('settings', [  # a head start may end in the second epoch, which has latents of its own
-    dict(seed=1234, d1_bias=False, pos_label=1.0, head_start=0), dict(seed=1234, d1_bias=True, head_start=7),
-    dict(seed=7, d1_bias=False, pos_label=1.0, head_start=0), dict(seed=7, d1_bias=True, head_start=17, epochs=2)],
+    dict(seed=1234, d1_bias=False, pos_label=1.0, head_start=0, lr_steady=0),
+    dict(seed=1234, d1_bias=True, head_start=5, lr_steady=8),
+    dict(seed=7, d1_bias=False, pos_label=1.0, head_start=0, lr_steady=0),
+    dict(seed=7, d1_bias=True, head_start=17, lr_steady=16, epochs=2)],
     ids=['published', 'default', 'published, other seed', 'default, other seed'])
 @pytest.mark.parametrize('nc', [1, 3])
 def test_training_equals_the_textbook_to_the_last_bit(few, nc, settings, conditional):
@@ -123,6 +125,10 @@ def test_a_head_start_is_not_slower_than_the_rest(few, monkeypatch):
     seen = watch_steps(monkeypatch, lambda mods, *_: [mod._optimizer.learning_rate for mod in mods[:2]])
     dcgan.train(few(lr=0.01, head_start=3))
     assert seen == [[0.01, 0.01]] * 12
+
+
+def test_the_lr_of_pictures_does_not_fall(few):
+    assert dcgan.learning_rates(few(dataset='imagenet', lr_steady=9), 100) == (0.0002, 0.0002)
 
 
 # ---------------------------------------------------------------- nothing waits
@@ -328,6 +334,7 @@ def test_arguments_on_the_command_line(tmp_path):
     (dict(beta1=1), ['beta1']), (dict(lr=float('nan')), ['lr']), (dict(nc=2), ['nc', '3 or 1']),
     (dict(average=1.0), ['average']), (dict(average=-0.1), ['average']), (dict(pos_label=0.0), ['pos_label']),
     (dict(pos_label=1.1), ['pos_label']), (dict(head_start=-1), ['head_start']), (dict(head_start=0.5), ['head_start']),
+    (dict(lr_steady=-1), ['lr_steady']),
     (dict(d1_bias=1), ['d1_bias', 'True or False']), (dict(augment='no'), ['augment']),
     (dict(batch_size=116), ['batch_size', 'larger than the data']), (dict(sample=10 ** 6), ['sample']),
     (dict(dataset='mnist', mnist_path='nowhere'), ['nowhere', 'train-images-idx3-ubyte']),
@@ -353,7 +360,8 @@ def test_errors_are_one_line(few, capsys, changes, words):
     (dict(mnist_path='x'), 'mnist_path'), (dict(fallback=''), 'fallback'), (dict(imgnet_path='x'), 'imgnet_path'),
     (dict(augment=False), 'augment'), (dict(lr=0.001, head_start=9), 'head_start'), (dict(kvstore='local'), 'kvstore'),
     (dict(digits='7', conditional=True), 'digits'), (dict(plot=True), 'plot'),
-    (dict(head_start=9), None), (dict(kvstore='local', ctx=(mx.cpu(0), mx.cpu(1))), None)], ids=str)
+    (dict(lr_steady=9, dataset='imagenet'), 'lr_steady'), (dict(head_start=9), None),
+    (dict(kvstore='local', ctx=(mx.cpu(0), mx.cpu(1))), None)], ids=str)
 def test_a_setting_without_effect_is_said(few, monkeypatch, capsys, changes, named):
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     monkeypatch.setattr(dcgan, 'run_training', lambda *args: None)

@@ -14,9 +14,9 @@ import dcgan
 
 
 def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epochs=1, parts=1,
-          d1_bias=False, pos_label=1., head_start=0, y=None, record=None):
-    """Train for epochs of so many steps on float images X (n, nc, 64, 64). `d1_bias`, `pos_label` and `head_start` are
-    the published script's. Conditional with `y` (n,), the images' classes from 0 on.
+          d1_bias=False, pos_label=1., head_start=0, lr_steady=0, y=None, record=None):
+    """Train for epochs of so many steps on float images X (n, nc, 64, 64). `d1_bias`, `pos_label`, `head_start` and
+    `lr_steady` are the published script's. Conditional with `y` (n,), the images' classes from 0 on.
 
     Returns {name: array}, the parameters and (the first part's) moving averages of both networks, and for each step
     the metrics' (facc, fentropy of G, of D). `record`: a list that gets of each step the fakes, `diff`, and D's answers
@@ -71,8 +71,13 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
     for epoch, t in itertools.product(range(epochs), range(steps)):
         if t == 0:
             mx.random.seed(seed + 1 + epoch)
-        for mod in modsG + modsD:
-            mod._optimizer.set_learning_rate(0.001 if epoch * steps + t < head_start else lr)
+        done = epoch * steps + t
+        falls = lr_steady and done > lr_steady
+        for mod in modsD:
+            mod._optimizer.set_learning_rate(0.001 if done < head_start else lr)
+        for mod in modsG:
+            quarters = (done - lr_steady) / (lr_steady / 4) if falls else 0
+            mod._optimizer.set_learning_rate(0.001 if done < head_start else lr / 2 ** quarters)
         latent = mx.random.normal(0, 1.0, shape=(batch_size, Z, 1, 1))
         numbers = np.arange(t * batch_size, (t + 1) * batch_size) % len(X)
         real = mx.nd.array(X[numbers])
