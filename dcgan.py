@@ -103,8 +103,7 @@ def check(s):
         must(0 <= getattr(s, name) < 1e9, name, '0 or more')
     for name in ('beta1', 'average'):
         must(0 <= getattr(s, name) < 1, name, '0 or more, and below 1')
-    must(s.ctx and all(isinstance(ctx, mx.Context) for ctx in s.ctx), 'ctx',
-         'mx.cpu(), mx.gpu(0), or several: mx.gpu(0), mx.gpu(1)')
+    must(s.ctx and all(isinstance(ctx, mx.Context) for ctx in s.ctx), 'ctx', 'mx.cpu(), mx.gpu(0) or several of them')
     must(s.batch_size % len(s.ctx) == 0, 'batch_size', f'a multiple of the {len(s.ctx)} devices')
     must(0 < s.lr < math.inf, 'lr', 'more than 0')
     must(0 < s.pos_label <= 1, 'pos_label', 'more than 0, and at most 1')
@@ -382,10 +381,9 @@ def show_pictures(s, run, mean, fakes, diff, batch, rbatch):
 
 
 def save_mosaic(s, run, mean, title):
-    """Write a mosaic of always the same latents."""
-    n = min(s.batch_size, 256)
-    classes = np.resize(np.arange(len(run.class_names)), n) if s.conditional else None
-    images, _ = next(generate(mean.mod, fixed_latents(s.seed, n, s.Z), classes))  # n fit in a batch
+    """Write a mosaic of always the same latents, a batch."""
+    classes = np.resize(np.arange(len(run.class_names)), s.batch_size) if s.conditional else None
+    images, _ = next(generate(mean.mod, fixed_latents(s.seed, s.batch_size, s.Z), classes))
     visual.visual(title, images, run.folder, False, classes, len(run.class_names))
 
 
@@ -693,8 +691,7 @@ def restore(s, workers, checksum, modules, mean, about, arrays):
         raise ValueError(f"{about['path']}: trained with other data; to go on with these, resume an epoch's .params")
     for name, copies in state_arrays(modules, mean).items():
         if name not in arrays or arrays[name].shape != copies[0].shape:
-            raise ValueError(f'{about["path"]}: is of other networks than the settings, or for sample only: {name} '
-                             'does not fit')
+            raise ValueError(f'{about["path"]}: of other networks, or for sample only: {name} does not fit')
         for copy in copies:
             copy[:] = arrays[name]
     for mod in modules[:2]:  # for Adam's bias correction
@@ -783,7 +780,6 @@ def join(s):
     """MXNet's key-value store: of this process alone, or with `dist_sync` of all that the DMLC_ variables name.
 
     A scheduler and a server end in here. Raises ValueError for a wrong variable, with which MXNet would wait for ever.
-    Where a process ends in an error, the launcher (mpirun, srun) has to end the others.
     """
     if s.kvstore != 'dist_sync':
         if data.ROLE:
@@ -811,9 +807,8 @@ def total(kv, number):
     """The sum of a number over the workers, known to all. It waits for the network, not for a device."""
     if kv.num_workers == 1:
         return number
-    kv.push('number', mx.nd.array([number]))
     found = mx.nd.zeros(1)
-    kv.pull('number', out=found)
+    kv.pushpull('number', mx.nd.array([number]), out=found)
     return int(found.asscalar())
 
 
@@ -821,8 +816,7 @@ def check_same(kv, *what):
     """Raise ValueError where this is not the same in all workers: their weights would not be, either."""
     mark = zlib.crc32(repr(what).encode()) % 2 ** 16  # the network has float32
     if total(kv, mark) != mark * kv.num_workers:
-        raise ValueError('the workers have different settings, data or states: start the same dcgan.py everywhere, and '
-                         'out must be one folder for all')
+        raise ValueError('the workers have different settings, data or states: all need the same dcgan.py and out')
 
 
 # ---------------------------------------------------------------- main
