@@ -728,15 +728,14 @@ def generate(modG, latents, classes=None):
 
 def make_samples(s):
     """Write a mosaic, single images, and a walk between latent points, under names that are not there yet."""
-    size = min(s.sample, s.batch_size)
-    data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1], batch_size=size))
+    data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1]))
     about, arrays = find_state(start_path(s))
     path, class_names = about['path'], about['class_names']
     params = {name[:-len('_average')]: mx.nd.array(arrays[name]) for name in arrays if name.endswith('_average')}
     ngf, filters = params['g5_weight'].shape[:2]
     symbol, _ = make_dcgan_sym(ngf, 1, 3 if filters == 3 else 1)
     modG = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
-    modG.bind([('rand', (size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
+    modG.bind([('rand', (s.batch_size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
     modG.init_params(None, params, params)
     names = re.findall('[^, ]+' if ',' in s.digits else '[^ ]', s.digits)
     if names and not class_names:
