@@ -697,10 +697,8 @@ def restore(s, workers, checksum, modules, mean, about, arrays):
     for mod in modules[:2]:  # for Adam's bias correction
         mod._optimizer.begin_num_update = mod._optimizer.num_update = about['num_update']
     mean.count = about['average_count']
-    if 'settings' not in about:
-        print(f"a new run begins with {about['path']}: Adam's moments and step count begin at zero")
-    else:
-        print(f'going on from {about["path"]}: epoch {about["epoch"]}, iteration {about["iteration"]}')
+    adam = '' if 'settings' in about else "; Adam's moments and step count begin at zero"
+    print(f'going on from {about["path"]}: epoch {about["epoch"]}, iteration {about["iteration"]}{adam}')
 
 
 # ---------------------------------------------------------------- sampling
