@@ -9,7 +9,6 @@ Goodfellow et al. 2014, "Generative Adversarial Nets" (arXiv 1406.2661), the gam
 """
 import atexit
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
@@ -104,15 +103,13 @@ def check(s):
         must(0 <= getattr(s, name) < 1e9, name, '0 or more')
     for name in ('beta1', 'average'):
         must(0 <= getattr(s, name) < 1, name, '0 or more, and below 1')
-    must(s.ctx and all(isinstance(ctx, mx.Context) for ctx in s.ctx), 'ctx',
-         'mx.cpu(), mx.gpu(0), or several: mx.gpu(0), mx.gpu(1)')
+    must(s.ctx and all(isinstance(ctx, mx.Context) for ctx in s.ctx), 'ctx', 'mx.cpu(), mx.gpu(0) or several of them')
     must(s.batch_size % len(s.ctx) == 0, 'batch_size', f'a multiple of the {len(s.ctx)} devices')
     must(0 < s.lr < math.inf, 'lr', 'more than 0')
     must(0 < s.pos_label <= 1, 'pos_label', 'more than 0, and at most 1')
-    must(s.dataset in ('mnist', 'digits', 'imagenet'), 'dataset', "'mnist', 'digits' or 'imagenet'")
-    must(s.fallback in ('digits', ''), 'fallback', "'digits' or ''")
-    must(s.nc in (1, 3), 'nc', '3 or 1')
-    must(s.kvstore in ('device', 'local', 'dist_sync'), 'kvstore', "'device', 'local' or 'dist_sync'")
+    for name, *choices in (('dataset', 'mnist', 'digits', 'imagenet'), ('fallback', 'digits', ''), ('nc', 3, 1),
+                           ('kvstore', 'device', 'local', 'dist_sync')):
+        must(getattr(s, name) in choices, name, ' or '.join(map(repr, choices)))
     must(s.out, 'out', "the name of a folder, such as 'out'")
     must(s.sample <= 100_000, 'sample', 'at most 100000 at a time; another seed makes others')
     must(s.resume or not s.sample, 'sample', "0, or resume 'latest', a run's folder or an epoch's .params")
@@ -371,13 +368,12 @@ def show_pictures(s, run, mean, fakes, diff, batch, rbatch):
     if time.monotonic() < run.last_shown + 1 and run.iteration < run.num_batches:
         return  # nobody looks at more than one picture a second
     run.last_shown = time.monotonic()
-    gradient = diff.asnumpy()
-    gradient = (gradient - gradient.mean()) / (gradient.std() or 1)
-    reals, *real_classes = batch.data
-    for title, X, of in (('gout', fakes.asnumpy(), rbatch.label), ('diff', gradient, rbatch.label),
-                         ('data', reals.asnumpy(), real_classes)):
-        classes = of[0].asnumpy().astype(int) if s.conditional else None
-        visual.visual(title, X, run.folder, s.display, classes, len(run.class_names))
+    shown = dict(gout=[fakes, *rbatch.label], diff=[diff, *rbatch.label], data=batch.data)
+    for title, arrays in shown.items():
+        X, *classes = [array.asnumpy() for array in arrays]
+        if title == 'diff':
+            X = (X - X.mean()) / (X.std() or 1)
+        visual.visual(title, X, run.folder, s.display, *classes, num_classes=len(run.class_names))
     lines = [row for row in run.rows if 'facc' in row]
     iterations = np.array([row['epoch'] * run.num_batches + row['iteration'] for row in lines])
     curves = {f'entropy of {net}': np.array([row[f'fentropy_{net}'] for row in lines]) for net in 'GD'}
@@ -385,20 +381,18 @@ def show_pictures(s, run, mean, fakes, diff, batch, rbatch):
 
 
 def save_mosaic(s, run, mean, title):
-    """Write a mosaic of always the same latents."""
-    n = min(s.batch_size, 256)
-    classes = np.resize(np.arange(len(run.class_names)), n) if s.conditional else None
-    images = [images for images, _ in generate(mean.mod, fixed_latents(s.seed, n, s.Z), classes)]
-    visual.visual(title, np.concatenate(images), run.folder, False, classes, len(run.class_names))
+    """Write a mosaic of always the same latents, a batch."""
+    classes = np.resize(np.arange(len(run.class_names)), s.batch_size) if s.conditional else None
+    images, _ = next(generate(mean.mod, fixed_latents(s.seed, s.batch_size, s.Z), classes))
+    visual.visual(title, images, run.folder, False, classes, len(run.class_names))
 
 
 def finish_epoch(s, run, modG, mean, coverage):
-    """Make an epoch's mosaic, film and count of digits where they are missing, and warn where G is being lost."""
+    """Make an epoch's mosaic, the film and, where it is missing, the count of digits; warn where G is being lost."""
     epoch, names = run.epoch - 1, run.class_names
     if not run.folder:
         return
-    if not (run.folder / f'gout-{epoch:04d}.png').exists():
-        save_mosaic(s, run, mean, f'gout-{epoch:04d}')
+    save_mosaic(s, run, mean, f'gout-{epoch:04d}')
     visual.film(run.folder)
     if not coverage or any(row['epoch'] == epoch and 'kl' in row for row in run.rows):
         return
@@ -487,15 +481,15 @@ class Run:
                         *(f'share_{name}' for name in self.class_names), 'digits', 'kl',
                         *MEASURES, *(f'{name}_weights' for name in MEASURES)]
         self.rows, self.log_is_whole = [], False
-        if not folder or not self.saved:
-            return
-        with contextlib.suppress(OSError, ValueError, csv.Error), self.saved.with_name('log.csv').open() as file:
-            for row in csv.DictReader(file):
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    row = {name: float(row[name]) for name in self.columns if row[name] != ''}  # None: a row cut short
-                    row.update(epoch=int(row['epoch']), iteration=int(row['iteration']))
-                    if (row['epoch'], row['iteration']) <= (self.epoch, self.iteration):
-                        self.rows.append(row)
+        log = self.saved and self.saved.with_name('log.csv')
+        for line in log.read_text(errors='replace').splitlines() if log and log.is_file() else ():
+            cells = line.split(',')
+            with contextlib.suppress(ValueError, KeyError):  # the header; a row that was damaged
+                row = {name: int(cell) if cell.isdigit() else float(cell)
+                       for name, cell in zip(self.columns, cells) if cell}
+                stands_before = (row['epoch'], row['iteration']) <= (self.epoch, self.iteration)
+                if stands_before and len(cells) == len(self.columns):  # else it was cut short
+                    self.rows.append(row)
 
     def print_line(self):
         """Print a line for the iterations since the last one, and append it to the log."""
@@ -606,8 +600,8 @@ def network_arrays(modules, mean):
 
 def new_folder(path):
     """Make a new folder of that name, or with a number after it where the folder, or a picture of its name, exists."""
-    for end in itertools.chain([''], (f'_{number}' for number in itertools.count(2))):
-        folder = path.with_name(path.name + end)
+    for number in itertools.count(1):
+        folder = path.with_name(f'{path.name}_{number}' if number > 1 else path.name)
         with contextlib.suppress(FileExistsError):
             if not folder.with_name(f'{folder.name}.png').exists():
                 folder.mkdir(parents=True)
@@ -649,8 +643,7 @@ def find_state(path, rename=False):
         try:
             if file.suffix == '.params':
                 return read_params(file)
-            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            arrays = dict(np.load(io.BytesIO(content), allow_pickle=False))
             about = json.loads(str(arrays.pop('about')))
             for name in ('epoch', 'iteration', 'num_update', 'average_count', 'seconds'):
                 about[name] = int(about[name])
@@ -668,11 +661,13 @@ def find_state(path, rename=False):
 
 def read_params(path):
     """What `find_state` returns, of an epoch's .params of G and D, or of the mean of G. Mean and Adam begin anew."""
-    dataset, net, stamp, epoch = re.fullmatch(r'(.*?)_(Gmean|G|D)_(.*)-([0-9]+)\.params', path.name).groups()
+    dataset, net, stamp, epoch = re.fullmatch('(.*?)_(Gmean|G|D)_(.*)-([0-9]+)', path.stem).groups()
     arrays = {}
     for other in ['Gmean'] if net == 'Gmean' else ['G', 'D']:
         file = path.with_name(f'{dataset}_{other}_{stamp}-{epoch}.params')
-        for key, array in mx.nd.load(str(file)).items() if file.exists() else ():  # samples need no D
+        if other == 'D' and not file.exists():
+            continue  # samples need none
+        for key, array in mx.nd.load(str(file)).items():
             name, array = key.split(':')[-1], array.asnumpy()
             arrays[name] = arrays[f'{name}_average'] = array
             arrays[f'{name}_mean'] = arrays[f'{name}_var'] = np.zeros_like(array)
@@ -696,17 +691,14 @@ def restore(s, workers, checksum, modules, mean, about, arrays):
         raise ValueError(f"{about['path']}: trained with other data; to go on with these, resume an epoch's .params")
     for name, copies in state_arrays(modules, mean).items():
         if name not in arrays or arrays[name].shape != copies[0].shape:
-            raise ValueError(f'{about["path"]}: is of other networks than the settings, or for sample only: {name} '
-                             'does not fit')
+            raise ValueError(f'{about["path"]}: of other networks, or for sample only: {name} does not fit')
         for copy in copies:
             copy[:] = arrays[name]
     for mod in modules[:2]:  # for Adam's bias correction
         mod._optimizer.begin_num_update = mod._optimizer.num_update = about['num_update']
     mean.count = about['average_count']
-    if 'settings' not in about:
-        print(f"a new run begins with {about['path']}: Adam's moments and step count begin at zero")
-    else:
-        print(f'going on from {about["path"]}: epoch {about["epoch"]}, iteration {about["iteration"]}')
+    adam = '' if 'settings' in about else "; Adam's moments and step count begin at zero"
+    print(f'going on from {about["path"]}: epoch {about["epoch"]}, iteration {about["iteration"]}{adam}')
 
 
 # ---------------------------------------------------------------- sampling
@@ -734,19 +726,16 @@ def generate(modG, latents, classes=None):
 
 def make_samples(s):
     """Write a mosaic, single images, and a walk between latent points, under names that are not there yet."""
-    size = min(s.sample, s.batch_size)
-    data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1], batch_size=size))
+    data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1]))
     about, arrays = find_state(start_path(s))
     path, class_names = about['path'], about['class_names']
-    if 'g1_weight' not in arrays:
-        raise ValueError(f'{path}: has no G')
     params = {name[:-len('_average')]: mx.nd.array(arrays[name]) for name in arrays if name.endswith('_average')}
     ngf, filters = params['g5_weight'].shape[:2]
     symbol, _ = make_dcgan_sym(ngf, 1, 3 if filters == 3 else 1)
     modG = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
-    modG.bind([('rand', (size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
+    modG.bind([('rand', (s.batch_size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
     modG.init_params(None, params, params)
-    names = list(filter(None, s.digits.replace(' ', '').split(','))) if ',' in s.digits else list(s.digits)
+    names = re.findall('[^, ]+' if ',' in s.digits else '[^ ]', s.digits)
     if names and not class_names:
         misuse(f'digits = {s.digits!r}: that run is not conditional, and its G makes what it likes')
     for name in names:
@@ -754,23 +743,18 @@ def make_samples(s):
             raise ValueError(f'digits = {s.digits!r}: there is no {name!r}, but {", ".join(class_names)}')
     chosen = [class_names.index(name) for name in names or class_names]
     Z = modG.data_shapes[0].shape[1] - len(class_names)
-    called = f'sample-{about["epoch"] - (about["iteration"] == 0):04d}'
-    if path.suffix == '.params' and '_Gmean_' not in path.name:
-        called += '-weights'
-    try:
-        folder = new_folder(path.with_name(called))
-    except OSError as error:
-        print(f'WARNING: {path.parent} cannot be written ({error.strerror}): the images go to {s.out}')
-        folder = new_folder(pathlib.Path(s.out, called))
-    mosaic = []
+    weights = '-weights' if path.suffix == '.params' and '_Gmean_' not in path.name else ''
+    epoch = about['epoch'] if about['iteration'] else about['epoch'] - 1  # that of the last step
+    folder = new_folder(path.with_name(f'sample-{epoch:04d}{weights}'))
     classes = np.resize(chosen, s.sample) if chosen else None
-    batches = generate(modG, fixed_latents(s.seed, s.sample, Z), classes)
-    for number, image in enumerate(image for images, _ in batches for image in images):
-        visual.save(folder / f'{number:05d}.png', visual.tile(image[None]))
-        if number < 256:
-            mosaic.append(image)
+    shown, number = [], 0
+    for images, _ in generate(modG, fixed_latents(s.seed, s.sample, Z), classes):
+        shown = [*shown, *images][:256]
+        for image in images:
+            visual.save(folder / f'{number:05d}.png', visual.tile(image[None]))
+            number += 1
     columns = visual.columns_for(len(chosen)) if chosen else None
-    visual.save(f'{folder}.png', visual.tile(np.stack(mosaic), columns))
+    visual.save(f'{folder}.png', visual.tile(np.stack(shown), columns))
     # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
     rows, steps = 6, 10
     points = fixed_latents(s.seed, rows + 1, Z)
@@ -789,7 +773,6 @@ def join(s):
     """MXNet's key-value store: of this process alone, or with `dist_sync` of all that the DMLC_ variables name.
 
     A scheduler and a server end in here. Raises ValueError for a wrong variable, with which MXNet would wait for ever.
-    Where a process ends in an error, the launcher (mpirun, srun) has to end the others.
     """
     if s.kvstore != 'dist_sync':
         if data.ROLE:
@@ -804,11 +787,10 @@ def join(s):
     if data.ROLE != 'worker':
         for signum in Stop.SIGNALS:  # launchers send them to all; the workers decide
             signal.signal(signum, signal.SIG_IGN)
+        mx.kv.KVStoreServer(mx.kv.create('dist_sync')).run()  # until the workers are done
+        sys.exit(0)
     gpus = sum(ctx.device_type == 'gpu' for ctx in s.ctx)
     kv = mx.kv.create('dist_device_sync' if gpus > 1 else 'dist_sync')  # waits here for the other processes
-    if data.ROLE != 'worker':
-        mx.kv.KVStoreServer(kv).run()  # until the workers are done
-        sys.exit(0)
     atexit.register(os._exit, 1)  # after an error, where MXNet's own end would wait for the other workers
     kv.init('number', mx.nd.zeros(1))
     return kv
@@ -818,9 +800,8 @@ def total(kv, number):
     """The sum of a number over the workers, known to all. It waits for the network, not for a device."""
     if kv.num_workers == 1:
         return number
-    kv.push('number', mx.nd.array([number]))
     found = mx.nd.zeros(1)
-    kv.pull('number', out=found)
+    kv.pushpull('number', mx.nd.array([number]), out=found)
     return int(found.asscalar())
 
 
@@ -828,8 +809,7 @@ def check_same(kv, *what):
     """Raise ValueError where this is not the same in all workers: their weights would not be, either."""
     mark = zlib.crc32(repr(what).encode()) % 2 ** 16  # the network has float32
     if total(kv, mark) != mark * kv.num_workers:
-        raise ValueError('the workers have different settings, data or states: start the same dcgan.py everywhere, and '
-                         'out must be one folder for all')
+        raise ValueError('the workers have different settings, data or states: all need the same dcgan.py and out')
 
 
 # ---------------------------------------------------------------- main
@@ -903,13 +883,11 @@ def train(settings):
     s = dataclasses.replace(settings)
     for name in ('out', 'mnist_path', 'imgnet_path', 'resume'):
         if isinstance(getattr(s, name), (str, os.PathLike)):
-            setattr(s, name, os.path.expanduser(os.fspath(getattr(s, name))))
+            setattr(s, name, os.path.expanduser(getattr(s, name)))
     s.ctx = tuple(s.ctx) if isinstance(s.ctx, (list, tuple)) else (s.ctx,)
     stop = Stop(sys.stdout or io.StringIO())
     try:
-        with contextlib.ExitStack() as stack:
-            stack.callback(visual.close)
-            stack.enter_context(contextlib.redirect_stdout(stop))
+        with contextlib.closing(visual), contextlib.redirect_stdout(stop), contextlib.ExitStack() as stack:
             check(s)
             if s.sample:
                 make_samples(s)
@@ -925,9 +903,9 @@ def main():
     """What `python dcgan.py` does."""
     if sys.argv[1:]:
         misuse(f'{sys.argv[1]}: it takes no arguments; edit Settings in dcgan.py')
+    status = 0
     try:
         train(Settings())
-        status = 0
     except SystemExit as end:
         status = end.code
     if isinstance(status, str):
