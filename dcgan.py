@@ -744,8 +744,12 @@ def make_samples(s):
     chosen = [class_names.index(name) for name in names or class_names]
     Z = modG.data_shapes[0].shape[1] - len(class_names)
     weights = '-weights' if path.suffix == '.params' and '_Gmean_' not in path.name else ''
-    epoch = about['epoch'] if about['iteration'] else about['epoch'] - 1  # that of the last step
-    folder = new_folder(path.with_name(f'sample-{epoch:04d}{weights}'))
+    called = f'sample-{about["epoch"] - (about["iteration"] == 0):04d}{weights}'
+    try:
+        folder = new_folder(path.with_name(called))
+    except OSError as error:
+        print(f'WARNING: {path.parent} cannot be written ({error.strerror}): the images go to {s.out}')
+        folder = new_folder(pathlib.Path(s.out, called))
     classes = np.resize(chosen, s.sample) if chosen else None
     shown, number = [], 0
     for images, _ in generate(modG, fixed_latents(s.seed, s.sample, Z), classes):
