@@ -220,7 +220,8 @@ def _start_viewer(out):
     _viewers[out] = subprocess.Popen(
         [sys.executable, __file__, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         start_new_session=True)  # Ctrl-C in the terminal is for the training alone
-    _viewers[out].stdout.read(1)  # a byte, or the end
+    if not _viewers[out].stdout.read(1):  # a byte, or the end
+        _viewers[out].wait()
 
 
 def _view(out):
