@@ -219,7 +219,7 @@ def _read_idx(prefix, parts, what, ndim):
         begin = 4 * (1 + ndim)
         if magic != 0x800 + ndim or 0 in shape or len(content) != begin + math.prod(shape):
             raise ValueError(f'no IDX file of {what}, empty, cut short, or with bytes left over: its header says '
-                             f'{magic:#x} {shape}')
+                             f'{magic:#x} {shape}, and {0x800 + ndim:#x} is right')
     except (ValueError, EOFError, struct.error, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f'{path}: wrong or damaged file ({error}); fetch it again') from None
     return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
@@ -398,8 +398,8 @@ def _check_rec(path):
             if ENDS.get(bytes(picture[:2])) != picture[-2:]:  # to decode them all would take long
                 _decode(picture)
         except (struct.error, ValueError, cv2.error) as error:
-            raise ValueError(f"{path}: record {len(labels)} is damaged or no picture, as InsightFace's first "
-                             f'({last_line(error)}); make the .rec again, or set imgnet_path to a folder') from None
+            raise ValueError(f'{path}: record {len(labels)} is damaged or no picture ({last_line(error)}); make the '
+                             '.rec again, without it, or set imgnet_path to a folder of pictures') from None
         labels.append(header.label[0] if header.flag else header.label)
         starts.append(end)
     return np.array(starts), np.array(labels, np.float32)
@@ -409,12 +409,12 @@ def _record(content, start=0):
     """The record that begins at `start` of a RecordIO file: MXNet's header, the picture's bytes, and where it ends."""
     parts, kind = [], 1
     while kind in (1, 2):  # 0: a whole record; 1, 2, 3: its first, further and last parts
-        magic, number = struct.unpack_from('<4sI', content, start)
+        magic, number = struct.unpack('<4sI', bytes(content[start:start + 8]).ljust(8))
         kind, length = divmod(number, 1 << 29)
-        parts.append(content[start + 8:start + 8 + length])
-        start += 8 + length + -length % 4
-        if magic != MAGIC or start > len(content):
+        begin, start = start + 8, start + 8 + length + -length % 4
+        if magic != MAGIC or start > len(content) or kind not in ((2, 3) if parts else (0, 1)):
             raise ValueError('cut short or no RecordIO file')
+        parts.append(content[begin:begin + length])
     header, picture = mx.recordio.unpack(MAGIC.join(parts) if len(parts) > 1 else parts[0])
     return header, picture, start
 
@@ -422,6 +422,8 @@ def _record(content, start=0):
 def _decode(content):
     """A picture file's bytes -> uint8 (height, width, 3), BGR, over white. Raises cv2.error and ValueError."""
     pixels = np.frombuffer(content, np.uint8)
+    if not pixels.size:
+        raise ValueError("no picture, as in InsightFace's first record")
     image = cv2.imdecode(pixels, cv2.IMREAD_COLOR)  # upright, as EXIF data say
     if image is None:
         raise ValueError('no picture that OpenCV can read')

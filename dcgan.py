@@ -54,7 +54,7 @@ class Settings:
     batch_size: int = 64           # real images in a step, and as many fakes
     lr: float = 0.0002             # Adam's learning rate after the head start
     head_start: int = 500          # so many first iterations have lr 0.001; published: 0
-    lr_steady: int = 5000          # digits: after so many iterations G's lr halves in every 1250; 0, published: never
+    lr_steady: int = 5000          # not pictures: then G's lr halves in every quarter as many; 0, published: never
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
     pos_label: float = 0.9         # label of real images while D learns; published: 1.0
     average: float = 0.99          # decay of a mean of G's weights, which makes mosaics and samples; 0: G itself
@@ -374,7 +374,7 @@ def show_pictures(s, run, mean, fakes, diff, batch, rbatch):
         if title == 'diff':
             X = (X - X.mean()) / (X.std() or 1)
         visual.visual(title, X, run.folder, s.display, *classes, num_classes=len(run.class_names))
-    lines = [row for row in run.rows if 'facc' in row]
+    lines = [row for row in run.rows if {'fentropy_G', 'fentropy_D'} <= row.keys()]
     iterations = np.array([row['epoch'] * run.num_batches + row['iteration'] for row in lines])
     curves = {f'entropy of {net}': np.array([row[f'fentropy_{net}'] for row in lines]) for net in 'GD'}
     visual.show_picture('loss', visual.plot(iterations, curves), run.folder, s.display)
@@ -388,11 +388,12 @@ def save_mosaic(s, run, mean, title):
 
 
 def finish_epoch(s, run, modG, mean, coverage):
-    """Make an epoch's mosaic, the film and, where it is missing, the count of digits; warn where G is being lost."""
+    """Make an epoch's mosaic, film and count of digits where they are missing, and warn where G is being lost."""
     epoch, names = run.epoch - 1, run.class_names
     if not run.folder:
         return
-    save_mosaic(s, run, mean, f'gout-{epoch:04d}')
+    if not (run.folder / f'gout-{epoch:04d}.png').exists():
+        save_mosaic(s, run, mean, f'gout-{epoch:04d}')
     visual.film(run.folder)
     if not coverage or any(row['epoch'] == epoch and 'kl' in row for row in run.rows):
         return
@@ -481,12 +482,14 @@ class Run:
                         *(f'share_{name}' for name in self.class_names), 'digits', 'kl',
                         *MEASURES, *(f'{name}_weights' for name in MEASURES)]
         self.rows, self.log_is_whole = [], False
-        log = self.saved and self.saved.with_name('log.csv')
-        for line in log.read_text(errors='replace').splitlines() if log and log.is_file() else ():
+        lines = []
+        with contextlib.suppress(OSError):  # without it the log begins anew
+            lines = self.saved.with_name('log.csv').read_text(errors='replace').splitlines() if self.saved else []
+        for line in lines:
             cells = line.split(',')
             with contextlib.suppress(ValueError, KeyError):  # the header; a row that was damaged
-                row = {name: int(cell) if cell.isdigit() else float(cell)
-                       for name, cell in zip(self.columns, cells) if cell}
+                row = {name: float(cell) for name, cell in zip(self.columns, cells) if cell}
+                row.update(epoch=int(cells[0]), iteration=int(cells[1]))
                 stands_before = (row['epoch'], row['iteration']) <= (self.epoch, self.iteration)
                 if stands_before and len(cells) == len(self.columns):  # else it was cut short
                     self.rows.append(row)
@@ -647,6 +650,7 @@ def find_state(path, rename=False):
             about = json.loads(str(arrays.pop('about')))
             for name in ('epoch', 'iteration', 'num_update', 'average_count', 'seconds'):
                 about[name] = int(about[name])
+            about['settings'].setdefault('lr_steady', 0)  # of a version that had none
             missing = {*SAME_NETWORKS, *SAME_RUN, 'workers'} - about['settings'].keys()
             # after a flipped bit in the archive's directory NumPy finds fewer arrays
             if about['names'] != list(arrays) or missing or 'class_names' not in about:
@@ -730,12 +734,15 @@ def make_samples(s):
     about, arrays = find_state(start_path(s))
     path, class_names = about['path'], about['class_names']
     params = {name[:-len('_average')]: mx.nd.array(arrays[name]) for name in arrays if name.endswith('_average')}
+    if not {'g1_weight', 'g5_weight'} <= params.keys():
+        raise ValueError(f'{path}: has no G')
     ngf, filters = params['g5_weight'].shape[:2]
     symbol, _ = make_dcgan_sym(ngf, 1, 3 if filters == 3 else 1)
     modG = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
     modG.bind([('rand', (s.batch_size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
     modG.init_params(None, params, params)
-    names = re.findall('[^, ]+' if ',' in s.digits else '[^ ]', s.digits)
+    digits = s.digits.strip()
+    names = re.findall('[^, ]+', digits) if re.search('[, ]', digits) else list(digits)
     if names and not class_names:
         misuse(f'digits = {s.digits!r}: that run is not conditional, and its G makes what it likes')
     for name in names:

@@ -242,12 +242,13 @@ def _view(out):
             except cv2.error:  # a person has closed the last window, and Qt has ended
                 sys.exit(0)
             # drawn anew in each second, for a window that was moved or covered may have stayed blank
-            state = changed, int(now - opened.setdefault(title, now))
+            state = changed, int(now - opened.get(title, now))
             picture = None if closed or state == shown.get(title) else cv2.imread(path)
             if picture is None:
                 continue
             if title not in shown:
                 cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
+                opened[title] = time.monotonic()
             elif shown[title][1] == 0 < state[1]:  # not at once: a window manager moves a window that opens
                 _place(title, picture)
             cv2.imshow(title, picture)

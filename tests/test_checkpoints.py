@@ -711,6 +711,13 @@ def test_other_settings_are_said(copy, capsys):
     assert stands(copy.out) == (4, 0) and dcgan.find_state(newest(copy.out))[0]['num_update'] == 33 + 5
 
 
+def test_a_state_of_before_lr_steady(copy, capsys):
+    edit_state(copy, lambda arrays, about: about['settings'].pop('lr_steady'))
+    dcgan.train(replace(copy, epochs=4))
+    assert [line.split(':')[1] for line in warnings(capsys.readouterr().out)] == [' lr_steady was 0 and is 12']
+    assert stands(copy.out) == (4, 0)
+
+
 # ---------------------------------------------------------------- damaged states
 
 @pytest.mark.parametrize('harm', [

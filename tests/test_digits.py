@@ -198,8 +198,8 @@ def test_samples(run, copied, monkeypatch):
 
 
 @pytest.mark.parametrize('kind, digits, net, chosen', [
-    ('twenty', '3, 12', '', [3, 12]), ('twenty', '7', 'G', [7]), ('twenty', '12,', 'D', [12]),
-    ('twenty', '512', 'Gmean', [5, 1, 2]), ('twenty', '', 'G', list(range(20))),
+    ('twenty', '3, 12', '', [3, 12]), ('twenty', '3 12', 'D', [3, 12]), ('twenty', '7', 'G', [7]),
+    ('twenty', '12,', 'D', [12]), ('twenty', '512', 'Gmean', [5, 1, 2]), ('twenty', '', 'G', list(range(20))),
     ('two', '7', '', [1]), ('two', '', 'Gmean', [0, 1])])
 def test_the_digits_asked_for(copied, monkeypatch, kind, digits, net, chosen):
     s, asked, generate = copied(kind, digits=digits), [], dcgan.generate
