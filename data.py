@@ -395,6 +395,8 @@ def _check_rec(path):
     while starts[-1] < len(content):
         try:
             header, picture, end = _record(content, starts[-1])
+            if not len(picture):
+                raise ValueError("a header alone, as InsightFace's first record")
             if ENDS.get(bytes(picture[:2])) != picture[-2:]:  # to decode them all would take long
                 _decode(picture)
         except (struct.error, ValueError, cv2.error) as error:
@@ -422,8 +424,6 @@ def _record(content, start=0):
 def _decode(content):
     """A picture file's bytes -> uint8 (height, width, 3), BGR, over white. Raises cv2.error and ValueError."""
     pixels = np.frombuffer(content, np.uint8)
-    if not pixels.size:
-        raise ValueError("no picture, as in InsightFace's first record")
     image = cv2.imdecode(pixels, cv2.IMREAD_COLOR)  # upright, as EXIF data say
     if image is None:
         raise ValueError('no picture that OpenCV can read')

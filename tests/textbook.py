@@ -72,12 +72,10 @@ def train(X, steps, ngf, ndf, nc, Z, batch_size, seed, lr=0.0002, beta1=0.5, epo
         if t == 0:
             mx.random.seed(seed + 1 + epoch)
         done = epoch * steps + t
-        falls = lr_steady and done > lr_steady
-        for mod in modsD:
-            mod._optimizer.set_learning_rate(0.001 if done < head_start else lr)
-        for mod in modsG:
-            quarters = (done - lr_steady) / (lr_steady / 4) if falls else 0
-            mod._optimizer.set_learning_rate(0.001 if done < head_start else lr / 2 ** quarters)
+        quarters = max(0, done - lr_steady) / (lr_steady / 4) if lr_steady else 0
+        for mods, rate in (modsG, lr / 2 ** quarters), (modsD, lr):
+            for mod in mods:
+                mod._optimizer.set_learning_rate(0.001 if done < head_start else rate)
         latent = mx.random.normal(0, 1.0, shape=(batch_size, Z, 1, 1))
         numbers = np.arange(t * batch_size, (t + 1) * batch_size) % len(X)
         real = mx.nd.array(X[numbers])
