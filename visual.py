@@ -83,7 +83,7 @@ def show_picture(title, picture, out='out', display=True):
         os.makedirs(out, exist_ok=True)
         save(os.path.join(out, f'{title}.png'), picture)
         if display and out not in _viewers:
-            _start_viewer(out)
+            _viewers[out] = _start_viewer(out)
         if display and (_viewers[out] is None or _viewers[out].poll() not in (None, 0, QUIT)):
             why = f'{sys.executable} {__file__} {out}'
             warn_once('window', f'no window can be shown here (why: {why}); the pictures are in {out}')
@@ -215,13 +215,12 @@ def warn_once(kind, message):
 def _start_viewer(out):
     """Start the child process with a folder's windows, if there is a screen, and wait until the first one is open."""
     if sys.platform.startswith('linux') and not os.environ.get('DISPLAY'):
-        _viewers[out] = None  # with WAYLAND_DISPLAY alone as well: OpenCV's windows need X or XWayland
-        return
-    _viewers[out] = subprocess.Popen(
-        [sys.executable, __file__, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        start_new_session=True)  # Ctrl-C in the terminal is for the training alone
-    if not _viewers[out].stdout.read(1):  # a byte, or the end
-        _viewers[out].wait()
+        return None  # with WAYLAND_DISPLAY alone as well: OpenCV's windows need X or XWayland
+    viewer = subprocess.Popen([sys.executable, __file__, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              start_new_session=True)  # Ctrl-C in the terminal is for the training alone
+    if not viewer.stdout.read(1):  # a byte, or the end
+        viewer.wait()
+    return viewer
 
 
 def _view(out):
@@ -229,7 +228,7 @@ def _view(out):
     signal.alarm(20)  # a screen that does not answer by then counts as none
     os.environ['QT_QPA_PLATFORM'] = 'xcb'  # OpenCV brings no other; desktops ask for Wayland's
     parent = os.getppid()
-    opened = {}  # title: when its window opened
+    opened = {}  # title: when its picture was found, and its window opened
     shown = {}   # title: the time of the file that its window shows, and how many seconds it was open when it was drawn
     while os.getppid() == parent:
         for title in TITLES:
@@ -242,13 +241,12 @@ def _view(out):
             except cv2.error:  # a person has closed the last window, and Qt has ended
                 sys.exit(0)
             # drawn anew in each second, for a window that was moved or covered may have stayed blank
-            state = changed, int(now - opened.get(title, now))
+            state = changed, int(now - opened.setdefault(title, now))
             picture = None if closed or state == shown.get(title) else cv2.imread(path)
             if picture is None:
                 continue
             if title not in shown:
                 cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
-                opened[title] = time.monotonic()
             elif shown[title][1] == 0 < state[1]:  # not at once: a window manager moves a window that opens
                 _place(title, picture)
             cv2.imshow(title, picture)

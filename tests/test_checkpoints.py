@@ -513,7 +513,7 @@ def test_ctrl_c_before_the_loop_or_while_samples_are_made(copy, capsys, monkeypa
 
 def test_q_stops_one_run_and_not_the_next(tiny, finished, monkeypatch):
     viewers = [mock.Mock(poll=lambda: visual.QUIT), mock.Mock(poll=lambda: None)]
-    monkeypatch.setattr(visual, '_start_viewer', lambda out: visual._viewers.update({out: viewers.pop(0)}))
+    monkeypatch.setattr(visual, '_start_viewer', lambda out: viewers.pop(0))
     assert ended(tiny(display=True)) == 130 and stands(tiny().out) == (0, 10)
     dcgan.train(tiny(display=True, resume='latest'))
     assert_same_run(tiny().out, finished.out)
