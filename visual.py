@@ -32,10 +32,9 @@ def tile(X, columns=None):
     """
     n, c, h, w = X.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
-    rows = -(-n // columns)
-    images = np.zeros((rows * columns, c, h, w), np.uint8)
+    images = np.zeros((n + -n % columns, c, h, w), np.uint8)
     images[:n] = np.rint((np.minimum(np.fmax(X, -1), 1) + 1) * 127.5)  # fmax takes -1 for NaN
-    mosaic = images.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+    mosaic = images.reshape(-1, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
     return cv2.cvtColor(mosaic, cv2.COLOR_RGB2BGR if c == 3 else cv2.COLOR_GRAY2BGR)
 
 
@@ -227,8 +226,8 @@ def _view(out):
     """Show the four pictures, and each again when its file changes, until q is pressed or the training has ended."""
     signal.alarm(20)  # a screen that does not answer by then counts as none
     os.environ['QT_QPA_PLATFORM'] = 'xcb'  # OpenCV brings no other; desktops ask for Wayland's
-    parent = os.getppid()
-    opened = {}  # title: when its picture was found, and its window opened
+    parent, started = os.getppid(), time.monotonic()
+    opened = {}  # title: when its window opened
     shown = {}   # title: the time of the file that its window shows, and how many seconds it was open when it was drawn
     while os.getppid() == parent:
         for title in TITLES:
@@ -241,13 +240,20 @@ def _view(out):
             except cv2.error:  # a person has closed the last window, and Qt has ended
                 sys.exit(0)
             # drawn anew in each second, for a window that was moved or covered may have stayed blank
-            state = changed, int(now - opened.setdefault(title, now))
+            state = changed, int(now - opened.get(title, now))
             picture = None if closed or state == shown.get(title) else cv2.imread(path)
             if picture is None:
                 continue
             if title not in shown:
                 cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
+                opened[title] = time.monotonic()
             elif shown[title][1] == 0 < state[1]:  # not at once: a window manager moves a window that opens
+                left, top, width, height = cv2.getWindowImageRect(title)
+                if (2 * left + width, 2 * top + height) == (400, 300) and now < started + 5:
+                    # on a busy CPU Qt may miss that a window opened: it keeps it in the corner, and never draws it
+                    cv2.destroyWindow(title)
+                    del shown[title]
+                    continue
                 _place(title, picture)
             cv2.imshow(title, picture)
             shown[title] = state
