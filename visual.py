@@ -252,7 +252,7 @@ def _view(out):
                 if (2 * left + width, 2 * top + height) == (400, 300) and now < started + 5:
                     # on a busy CPU Qt may miss that a window opened: it keeps it in the corner, and never draws it
                     cv2.destroyWindow(title)
-                    del shown[title]
+                    del shown[title], opened[title]
                     continue
                 _place(title, picture)
             cv2.imshow(title, picture)

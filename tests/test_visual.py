@@ -92,10 +92,8 @@ def until(condition):
         time.sleep(0.05)
 
 
-def tool(*command):
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a window that ends may leave `import` waiting
-        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5).stdout
-    return b''
+def tool(*command, timeout=30):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=timeout).stdout
 
 
 def windows():
@@ -106,8 +104,10 @@ def windows():
 
 def seen(title, picture):
     """Whether the screen shows exactly this picture in that window."""
-    content = tool('import', '-silent', '-window', windows().get(title, ['none'])[0], 'png24:-')
-    if not content:  # the viewer opens it anew
+    content = b''
+    with contextlib.suppress(KeyError, subprocess.TimeoutExpired):  # the viewer may just be opening it anew
+        content = tool('import', '-silent', '-window', windows()[title][0], 'png24:-', timeout=5)
+    if not content:
         return False
     shot = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     return shot.shape == picture.shape and (shot == picture).all()
