@@ -83,7 +83,7 @@ try:
             sys.exit(f'dcgan.py: DMLC_PS_ROOT_URI={host}: this name has no IPv4 address here; set the address itself')
     GPU_BUILD = mx.runtime.Features().is_enabled('CUDA')
 except (ImportError, OSError) as error:
-    package = isinstance(error, ModuleNotFoundError) and '.' not in error.name
+    package = isinstance(error, ModuleNotFoundError) and '.' not in (error.name or '.')
     cure = PACKAGES if package else CURES.get(str(error).split(':')[0])
     if not cure:
         raise
@@ -246,7 +246,7 @@ class PixelIter(mx.io.NDArrayIter):
 
     `X` is uint8 (n, 1, 64, 64), shared, not copied (NumPy's side of it becomes read-only), `y` (n,) its labels; `nc`:
     channels to repeat the grey one to; `ctx`: where the batches are wanted; the batches are of this worker's share.
-    Has `class_names`, the sorted labels; `classes` (n,) int32, each image's among these; `num_data`; `checksum`.
+    Has `class_names`, the sorted labels; `classes` (n,) int32, each one's position in these; `num_data`; `checksum`.
     Yields mx.io.DataBatch with data [(batch, nc, 64, 64) float32], and with `conditional` also the classes (batch,)
     float32. Every epoch has the same batches in the same order; the last one is filled up from the start (`pad`).
     """
@@ -465,12 +465,12 @@ def _write_records(file, paths, labels):
 def _pack(folder, out, workers):
     """Pack a folder's pictures into a .rec, if that is not done yet; returns its path and the classes' names."""
     inside = glob.iglob(f'{glob.escape(folder)}/**', recursive=True)  # leaves out what is hidden
-    names = [path[len(folder):] for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/')]
+    files = [path for path in inside if os.path.isfile(path) and not path.startswith(f'{out}/')]
     # a random order, which the pictures keep whatever else is there
-    names.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-    files = [folder + name for name in names]
+    files.sort(key=lambda path: hashlib.sha256(os.fsencode(path[len(folder):])).digest())
+    names = [os.path.relpath(path, folder) for path in files]
     # a class is a sub-folder, with all that is below it; '' has the pictures that are in none
-    classes, labels = np.unique([os.path.dirname(name).split('/')[1] for name in names], return_inverse=True)
+    classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in names], return_inverse=True)
     state = sorted((name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files))
     parent, base = os.path.split(folder)
     stem = os.path.join(parent if os.access(parent, os.W_OK) else out, f'{base}-dcgan-')
@@ -498,7 +498,7 @@ def _pack(folder, out, workers):
 
 
 def load_pictures(s, rank=0, workers=1):
-    """An `ImagenetIter` over a share of `s.imgnet_path`: a .rec, or a folder, packed into one. Raises as these do."""
+    """An `ImagenetIter` over a share of `s.imgnet_path`, a .rec or a folder to pack. Raises ValueError, OSError."""
     path, folder = s.imgnet_path, os.path.isdir(s.imgnet_path)
     if folder:
         path, names = _pack(os.path.abspath(path), os.path.abspath(s.out), workers)
@@ -552,7 +552,7 @@ class Coverage:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that it could go on learning
             self.classifier = classifier.fit(features, y)
-        if self.classifier.n_iter_ < passes:  # scikit-learn swallows a Ctrl-C
+        if self.classifier.n_iter_ < passes:  # it was a Ctrl-C, which scikit-learn swallows
             raise KeyboardInterrupt
         some, others = features[:2 * self.num_images:2], features[1:2 * self.num_images:2]
         self.real, self.real_median = self._answers(some), int(np.median(X[:2 * self.num_images:2]))

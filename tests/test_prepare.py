@@ -65,6 +65,7 @@ def library(name, module='mxnet', kind='OSError'):
         (failing('mxnet', "OSError('/x/libmxnet.so: undefined symbol: cudnnCreate')"), 'undefined symbol'),
         (failing('mxnet', '''ImportError("cannot import name 'bool' from 'numpy'")'''), 'cannot import name'),
         (failing('mxnet', '''ModuleNotFoundError("No module named 'numpy.core'", name='numpy.core')'''), 'numpy.core'),
+        (failing('mxnet', '''ModuleNotFoundError("without a name")'''), 'without a name'),
         (failing('joblib', "PermissionError(13, 'Permission denied')"), 'Permission denied'),
         (failing('visual', "ImportError('a mistake in visual.py')"), 'a mistake in visual.py'))}})
 def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(fake, words):
