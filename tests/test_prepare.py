@@ -72,7 +72,9 @@ def test_a_machine_that_cannot_run_it_is_told_so_in_one_line(fake, words):
     """But an error that nobody has foreseen keeps its traceback."""
     status, _, err = run(f'{fake}\nimport dcgan')
     assert status == 1 and all(word in err for word in words), err
-    if 'Traceback' not in words:
+    if 'Traceback' in words:
+        assert words[1] in err.splitlines()[-1], err  # and no other error while that one was handled
+    else:
         assert err.count('\n') == 1 and err.startswith('dcgan.py: '), err
         needs = any('pip' in word or 'requirements' in word for word in words)
         assert needs or 'requirements' not in err  # only what helps
