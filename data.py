@@ -2,12 +2,12 @@
 
 This module prepares MXNet and is the first to import it.
 """
-import contextlib
 import ctypes
 import glob
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import math
 import os
 import socket
@@ -446,10 +446,10 @@ def _small_jpeg(path):
 
 def _write_records(file, paths, labels):
     """Write the pictures that can be read as RecordIO; returns how many, and names the others."""
-    kept = 0
-    # closing: where the disk is full, or after Ctrl-C, no more begin
-    with ThreadPoolExecutor(joblib.cpu_count()) as pool, contextlib.closing(pool.map(_small_jpeg, paths)) as jpegs:
-        for done, (path, label, jpeg) in enumerate(zip(paths, labels, jpegs), 1):
+    kept, step = 0, 8 * joblib.cpu_count()  # after Ctrl-C, or on a full disk, no more than that many are still made
+    with ThreadPoolExecutor(joblib.cpu_count()) as pool:
+        parts = (pool.map(_small_jpeg, paths[start:start + step]) for start in range(0, len(paths), step))
+        for done, (path, label, jpeg) in enumerate(zip(paths, labels, itertools.chain.from_iterable(parts)), 1):
             if jpeg:
                 kept += 1
                 record = mx.recordio.pack(mx.recordio.IRHeader(0, label, 0, 0), jpeg)
