@@ -1,5 +1,4 @@
 """data.Coverage: how generated images compare with real ones."""
-import time
 import tracemalloc
 import types
 import unittest.mock
@@ -31,9 +30,7 @@ def digits(request):
 def test_real_digits_in_three_channels(digits):
     name, coverage, held_out, labels = digits
     images = scaled(held_out[:coverage.num_images], 3)
-    start = time.perf_counter()
     row = coverage.count(batches(images, labels[:len(images)], 64))
-    assert time.perf_counter() - start < 4  # seconds; 0.2 for 5,000 images where the cores are free
     assert row['asked'] > 0.97 and row['asked_worst'] > 0.9 and row['confidence'] > 0.95
     assert row['digits'] == 10 and row['kl'] < 0.02
     if name == 'digits':
