@@ -470,7 +470,7 @@ def _pack(folder, out, workers):
     files.sort(key=lambda path: hashlib.sha256(os.fsencode(path[len(folder):])).digest())
     names = [os.path.relpath(path, folder) for path in files]
     # a class is a sub-folder, with all that is below it; '' has the pictures that are in none
-    classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in names], return_inverse=True)
+    classes, labels = np.unique([os.path.dirname(name).split('/')[0] for name in names], return_inverse=True)
     state = sorted((name, os.path.getsize(path), os.path.getmtime(path)) for name, path in zip(names, files))
     parent, base = os.path.split(folder)
     stem = os.path.join(parent if os.access(parent, os.W_OK) else out, f'{base}-dcgan-')
