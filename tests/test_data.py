@@ -1,13 +1,15 @@
 """data.py: what every source yields, and every way in which what it reads can be wrong."""
 import functools
 import gzip
-import hashlib
-import io
-import json
+import inspect
+import os
+import pathlib
 import socket
 import struct
+import tempfile
 import types
 import urllib.error
+import warnings
 from unittest import mock
 
 import data
@@ -18,7 +20,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from conftest import REAL_MNIST, cases, needs_mnist, refused
-from sklearn.datasets import _openml, fetch_openml, load_digits
+from sklearn.datasets import fetch_openml, load_digits
 
 import dcgan
 
@@ -112,23 +114,66 @@ def test_real_mnist():
 IMAGES, LABELS = 'train-images-idx3-ubyte', 'train-labels-idx1-ubyte'
 
 
+@cases('layout', {'torchvision': 'MNIST/raw/{}', 'one folder deeper': 'raw/{}', 'Kaggle': '{0}/{0}'})
+@pytest.mark.parametrize('dot', '-.')
+def test_folders_of_other_programs(tmp_path, layout, dot):
+    """Their root will do, and each folder below it, and each file."""
+    write_mnist(tmp_path, dot)
+    expected = data.get_mnist(str(tmp_path), labels=True)
+    for path in list(tmp_path.iterdir()):
+        new = tmp_path / 'root' / layout.format(path.name)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(new)
+    for path in (tmp_path / 'root').glob('**'):
+        assert_equal(data.get_mnist(f'{path}/', labels=True), expected)
+    for path in (tmp_path / 'root').glob('**/*-ubyte'):
+        assert_equal(data.get_mnist(str(path), labels=True), expected)
+
+
+def test_several_sets(tmp_path):
+    for name in 'MNIST/raw', 'FashionMNIST/raw':
+        (tmp_path / name).mkdir(parents=True)
+        write_mnist(tmp_path / name)
+    refused(lambda: data.get_mnist(str(tmp_path)), 'mnist_path', tmp_path / 'MNIST/raw', tmp_path / 'FashionMNIST/raw')
+
+
+def test_keras_npz(tmp_path):
+    X, y = write_mnist(tmp_path)
+    expected = data.get_mnist(str(tmp_path), labels=True)
+    arrays = dict(x_train=X[:60], y_train=y[:60], x_test=X[60:], y_test=y[60:])
+    path, folder = tmp_path / 'mine.npz', tmp_path / 'keras'
+    folder.mkdir()
+    for name in path, folder / 'mnist.npz':
+        np.savez_compressed(name, **arrays)
+    for name in path, folder:
+        assert_equal(data.get_mnist(str(name), labels=True), expected)
+    good = path.read_bytes()
+    for content in good[:-1000], flipped(good, 3000), b'':
+        path.write_bytes(content)
+        refused(lambda: data.get_mnist(str(path)), path, 'damaged', 'mnist.npz')
+    for change in dict(x_test=X[60:] / 255), dict(y_train=y[:59]), dict(y_test=y[60:].astype(object)):
+        np.savez(path, **{**arrays, **change})
+        refused(lambda: data.get_mnist(str(path)), path, 'mnist.npz')
+    np.savez(path, X)
+    refused(lambda: data.get_mnist(str(path)), path, 'x_train')
+
+
 @cases('name, damage, problem', {
     'empty': (IMAGES, lambda b: b'', 'damaged'),
-    'cut in the header': (IMAGES, lambda b: b[:15], 'damaged'),
     'cut in the data': (IMAGES, lambda b: b[:-1], 'cut short'),
     'trailing byte': (IMAGES, lambda b: b + b'\0', 'left over'),
-    'wrong magic': (IMAGES, lambda b: b'\0\0\x0d\x03' + b[4:], '0xd03'),
+    'floats': (IMAGES, lambda b: b'\0\0\x0d\x03' + b[4:], 'float32'),
+    '16 bits': (LABELS, lambda b: b'\0\0\x0b\x01' + b[4:], 'int16'),
     'labels given as images': (IMAGES, lambda b: idx(np.zeros(60, np.uint8)), '0x801'),
     'images given as labels': (LABELS, lambda b: idx(np.zeros((60, 28, 28), np.uint8)), '0x803'),
     'fewer labels': (LABELS, lambda b: idx(np.zeros(59, np.uint8)), '59 labels for 60 images'),
     'no pixels': (IMAGES, lambda b: idx(np.zeros((60, 28, 0), np.uint8)), '[60, 28, 0]'),
     'absurd size': (IMAGES, lambda b: b[:8] + b'\xff' * 8 + b[16:], '4294967295, 4294967295]'),
-    'no images': (IMAGES, lambda b: idx(np.zeros((0, 28, 28), np.uint8)), '[0, 28, 28]'),
-    'absurd count': (IMAGES, lambda b: b[:4] + b'\xff' * 4 + b[8:], '4294967295'),
     'gzip cut short': (IMAGES, lambda b: gzip.compress(b)[:-20], 'damaged'),
-    'gzip with a flipped byte': (IMAGES, lambda b: flipped(gzip.compress(b), 1000), 'damaged'),
-    'gzip with a wrong checksum': (IMAGES, lambda b: flipped(gzip.compress(b), -8), 'damaged'),
-    'gzip and more': (IMAGES, lambda b: gzip.compress(b) + b'more', 'damaged')})
+    'gzip and more': (IMAGES, lambda b: gzip.compress(b) + b'more', 'damaged'),
+    'web page': (IMAGES, lambda b: b'\n<!DOCTYPE html>', 'this is a web page'),
+    'XML': (LABELS, lambda b: b'\xef\xbb\xbf<?xml version="1.0"?><Error>', "mnist_path = ''"),
+    'Git LFS': (IMAGES, lambda b: b'version https://git-lfs.github.com/spec/v1\n', 'git lfs pull')})
 def test_damaged_idx(tmp_path, name, damage, problem):
     write_mnist(tmp_path)
     path = tmp_path / name
@@ -136,12 +181,34 @@ def test_damaged_idx(tmp_path, name, damage, problem):
     refused(lambda: data.get_mnist(str(tmp_path)), path, problem)
 
 
-@pytest.mark.parametrize('name', [IMAGES, LABELS, 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte', 'the folder'])
+@pytest.mark.parametrize('name', [LABELS, 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte'])
 def test_missing_idx(tmp_path, name):
     write_mnist(tmp_path)
-    (tmp_path / name).unlink(missing_ok=name == 'the folder')
-    missing = tmp_path / 'nowhere' / IMAGES if name == 'the folder' else tmp_path / name
-    refused(lambda: data.get_mnist(str(missing.parent)), missing, 'no such file', 'mnist_path')
+    (tmp_path / name).unlink()
+    refused(lambda: data.get_mnist(str(tmp_path)), tmp_path / name, 'no such file', 'mnist_path')
+
+
+@pytest.mark.parametrize('path', ['', 'train.csv', 'mnist.pkl.gz', 'nowhere', 'no/where'])
+def test_no_mnist_there(tmp_path, path):
+    """The folder itself has Kaggle's CSV and pickles."""
+    for name in 'train.csv', 'mnist.pkl.gz':
+        (tmp_path / name).write_text('label,pixel0')
+    refused(lambda: data.get_mnist(str(tmp_path / path)), tmp_path / path, IMAGES, 'mnist.npz', 'CSV', 'not read')
+
+
+def test_what_this_user_may_not_read():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is root's alone
+        os.chmod(folder, 0o755)
+        write_mnist(pathlib.Path(folder))
+        for path in f'{folder}/{LABELS}', folder:
+            os.chmod(path, 0)
+            user = os.geteuid()
+            os.seteuid(user or 65534)  # root may read all
+            try:
+                refused(lambda: data.get_mnist(folder), path, 'ermission denied')
+            finally:
+                os.seteuid(user)
+                os.chmod(path, 0o755)
 
 
 def test_batches():
@@ -163,6 +230,18 @@ def test_batches():
     X[:] = 255  # seen by the iterator: it has no copy of its own, float or not
     batches.reset()
     assert (next(batches).data[0].asnumpy() == 1).all()
+
+
+def test_an_epoch_can_begin_in_its_middle():
+    """As a run does that resumes; the last batch is filled up from the start."""
+    X, y = random_images(7, (1, 64, 64))
+    batches = data.PixelIter(X, y, 3)
+    batches.begin_epoch(0)
+    whole = [batch.data[0].asnumpy() for batch in batches]
+    assert_equal([whole[2]], [np.concatenate([X[6:], X[:2]]).astype(np.float32) / (255.0 / 2) - 1.0])
+    for iteration in 2, 0, 1, 3:
+        batches.begin_epoch(1, iteration)
+        assert_equal([batch.data[0].asnumpy() for batch in batches], whole[iteration:])
 
 
 def test_the_checksum_is_of_all_pixels_and_labels():
@@ -193,126 +272,78 @@ def test_two_workers_share_the_data(tmp_path):
     refused(lambda: data.load_data(ask(mnist_path=str(tmp_path), batch_size=31), 0, 2), 'batch_size = 31', '30 images')
 
 
+no_space = OSError(28, 'No space left on device')
+
+
 def test_digits_instead(monkeypatch, capsys):
-    """Without MNIST: only where a person has not named a folder, wants it so, and there is one process."""
-    monkeypatch.setattr(data, '_from_openml', no_space)
+    """Without MNIST: only if the user has not named a folder, and there is one process."""
+    monkeypatch.setattr(data, '_from_openml', mock.Mock(side_effect=no_space))
     name, batches, _ = data.load_data(ask())
     assert (name, batches.num_data, len(batches.class_names)) == ('digits', 1500, 10)
     assert "No space left on device. Training on scikit-learn's 8x8 digits" in capsys.readouterr().out
-    for changes, workers in (dict(mnist_path='nowhere'), 1), (dict(fallback=''), 1), (dict(), 2):
+    for changes, workers in (dict(mnist_path='nowhere'), 1), (dict(), 2):
         with pytest.raises(OSError):
             data.load_data(ask(**changes), 0, workers)
 
 
-@pytest.fixture(scope='module')
-def mnist_784():
-    """210 images, their digits, by address the pages with which OpenML serves them, and the last one's wrong."""
-    X, y = random_images(210)
-    columns = [f'pixel{i}' for i in range(1, 785)]
-    rows = '\n'.join(','.join(map(str, [*image, digit])) for image, digit in zip(X.reshape(210, 784), y))
-    arff = ''.join(['@RELATION mnist_784\n', *(f'@ATTRIBUTE {name} real\n' for name in columns),
-                    '@ATTRIBUTE class {0,1,2,3,4,5,6,7,8,9}\n@DATA\n', rows]).encode()
-    feature = {'data_type': 'numeric', 'is_target': 'false', 'is_ignore': 'false', 'is_row_identifier': 'false',
-               'number_of_missing_values': '0'}
-    features = [dict(feature, index=str(i), name=name) for i, name in enumerate(columns)]
-    features.append(dict(feature, index='784', name='class', data_type='nominal', is_target='true',
-                         nominal_value=list('0123456789')))
-    about = {'id': '554', 'name': 'mnist_784', 'version': '1', 'format': 'ARFF', 'status': 'active',
-             'description': 'handwritten', 'file_id': '52667', 'md5_checksum': hashlib.md5(arff).hexdigest(),
-             'url': 'https://www.openml.org/data/v1/download/52667/mnist_784.arff'}
-    pages = {
-        'data_name/mnist_784/limit/2/data_version/1': {'data': {'dataset': [dict(about, did=554)]}},
-        'data/features/554': {'data_features': {'feature': features}},
-        'data/qualities/554': {'data_qualities': {'quality': [{'name': 'NumberOfInstances', 'value': '210.0'}]}},
-        'json/data/554': {'data_set_description': about}}
-    pages = {address: json.dumps(page).encode() for address, page in pages.items()}
-    pages['download'] = gzip.compress(arff)
-    wrong = gzip.compress(arff.replace(b',7,', b',8,', 1))
-    return X, y, pages, wrong
-
-
 @pytest.fixture
-def openml(mnist_784, monkeypatch, tmp_path):
-    """Answers scikit-learn as OpenML does; `faults`: part of an address -> what goes wrong there."""
-    X, y, pages, wrong = mnist_784
-    server = types.SimpleNamespace(X=X, y=y, pages=dict(pages), wrong=wrong, faults={}, home=tmp_path / 'home',
-                                   waits=[])  # for how many seconds a request waits that is not answered
+def openml(tmp_path, monkeypatch):
+    """Stands for scikit-learn's `fetch_openml`; `problem` is what it raises."""
+    X, y = random_images(210)
+    server = types.SimpleNamespace(expected=prepared(X, y, 180), problem=None, home=tmp_path / 'home')
 
-    def urlopen(request):
-        kind = next(kind for kind in server.pages if kind in request.full_url)
-        fault, page = server.faults.get(kind), server.pages[kind]
-        if fault in ('silent', 'stalled'):
-            server.waits.append(socket.getdefaulttimeout())
-        if isinstance(fault, int):
-            raise urllib.error.HTTPError(request.full_url, fault, 'a fault', {}, None)
-        if fault == 'silent':
-            raise TimeoutError('timed out')
-        answer = io.BytesIO(page[:len(page) // 2] if fault in ('cut', 'stalled') else page)
-        answer.info = lambda: {'Content-Encoding': 'gzip' * (kind == 'download')}
-        if fault == 'stalled':
-            answer.read = mock.Mock(side_effect=[answer.read(), TimeoutError('timed out')])
-        return answer
+    def fetch(*args, **kwargs):
+        asked = inspect.signature(fetch_openml).bind(*args, **kwargs).arguments
+        assert (asked['name'], asked['version'], asked['as_frame']) == ('mnist_784', 1, False)
+        assert socket.getdefaulttimeout() <= 20  # scikit-learn itself would wait for ever
+        warnings.warn('trying again', stacklevel=1)
+        if server.problem:
+            raise server.problem
+        return types.SimpleNamespace(data=X.reshape(-1, 784).astype(float), target=y.astype(str).astype(object))
 
-    monkeypatch.setattr(_openml, 'urlopen', urlopen)
-    monkeypatch.setattr(_openml.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr('sklearn.datasets.fetch_openml', fetch)
     monkeypatch.setenv('SCIKIT_LEARN_DATA', str(server.home))
     yield server
     socket.setdefaulttimeout(None)
 
 
-def test_openml(openml, monkeypatch, capsys):
-    """Fetched by scikit-learn, once: what was parsed is kept, and made again where it is damaged."""
-    printed, urlopen = [], _openml.urlopen
-    monkeypatch.setattr(_openml, 'urlopen', lambda *args: printed.append(capsys.readouterr().out) or urlopen(*args))
-    expected = prepared(openml.X, openml.y, 180)
-    assert_equal(data.get_mnist(labels=True), expected)
-    assert 'OpenML' in printed[0]  # before it does anything
-    openml.pages.clear()
-    assert_equal(data.get_mnist(labels=True), expected)  # the server is gone
-    assert not capsys.readouterr().out
+def test_openml(openml, capfd):
+    """Fetched once: what was parsed is kept, and made again if it is damaged. In between nothing is said."""
+    assert_equal(data.get_mnist(labels=True), openml.expected)
+    out, err = capfd.readouterr()
+    assert 'OpenML' in out and not err
     kept, = openml.home.glob('joblib/**/output.pkl')
     content = kept.read_bytes()
-    for damaged in b'', content[:-1], flipped(content, len(content) // 2), np.random.RandomState(0).bytes(2000):
+    for damaged in b'', content[:-1], flipped(content, len(content) // 2):
+        for problem in OSError('the server is gone'), None:
+            openml.problem = problem
+            assert_equal(data.get_mnist(labels=True), openml.expected)
+            assert capfd.readouterr() == ('', '')
         kept.write_bytes(damaged)
-        assert_equal(data.get_mnist(labels=True), expected)  # from what scikit-learn has kept
-        capsys.readouterr()
-        data.get_mnist()
-        assert not capsys.readouterr().out  # it is whole again
+        assert_equal(data.get_mnist(labels=True), openml.expected)
+        assert capfd.readouterr().err == ''
 
 
-def test_a_damaged_copy_of_scikit_learns(openml):
-    fetch_openml('mnist_784', version=1, as_frame=False, parser='liac-arff', data_home=str(openml.home))
-    next(path for path in openml.home.glob('**/*.gz') if 'download' in str(path)).write_bytes(openml.wrong)
-    assert_equal(data.get_mnist(labels=True), prepared(openml.X, openml.y, 180))
+@pytest.mark.parametrize('problem', [
+    urllib.error.HTTPError('', 500, 'a fault', {}, None), TimeoutError('timed out'), EOFError('ended too soon'),
+    ValueError('md5 checksum does not match'), no_space], ids=str)
+def test_openml_fails(openml, problem):
+    """In one line; and nothing bad is kept."""
+    openml.problem = problem
+    refused(data.get_mnist, 'OpenML', 'mnist_path', data.last_line(problem))
+    openml.problem = None
+    assert_equal(data.get_mnist(labels=True), openml.expected)
 
 
-@pytest.mark.parametrize('kind, fault, reason', [
-    ('data_name', 500, '500'), ('data_name', 412, 'not found'), ('json/data/554', 404, '404'),
-    ('download', 500, '500'), ('download', 'cut', 'ended'), ('download', 'checksum', 'checksum'),
-    ('data_name', 'silent', 'timed out'), ('download', 'stalled', 'timed out')])
-def test_openml_fails(openml, kind, fault, reason):
-    """In one line and not after minutes; and nothing bad is kept."""
-    kind = next(page for page in openml.pages if kind in page)
-    good = openml.pages[kind]
-    if fault == 'checksum':
-        openml.pages[kind] = openml.wrong
-    else:
-        openml.faults[kind] = fault
-    refused(data.get_mnist, 'OpenML', 'mnist_path', reason)
-    assert sum(openml.waits) <= 90 and all(openml.waits)
-    openml.faults.clear()
-    openml.pages[kind] = good
-    assert len(data.get_mnist()[0]) == 180
-
-
-def no_space(*args, **kwargs):
-    raise OSError(28, 'No space left on device')
-
-
-@pytest.mark.filterwarnings('ignore:Unable to cache')
-def test_openml_cannot_be_kept(openml, monkeypatch):
+def test_openml_cannot_be_kept(openml, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr(joblib.numpy_pickle, 'dump', no_space)
-        assert len(data.get_mnist()[0]) == 180
-    monkeypatch.setenv('SCIKIT_LEARN_DATA', '/proc/self')  # where not even root can write
+        patch.setattr(joblib.numpy_pickle, 'dump', mock.Mock(side_effect=no_space))
+        assert_equal(data.get_mnist(labels=True), openml.expected)
+    monkeypatch.setenv('SCIKIT_LEARN_DATA', '/proc/self')  # not even root can write there
     refused(data.get_mnist, '/proc/self', 'SCIKIT_LEARN_DATA', 'mnist_path')
+    monkeypatch.delenv('SCIKIT_LEARN_DATA')
+    monkeypatch.delenv('HOME')
+    monkeypatch.setattr('pwd.getpwuid', mock.Mock(side_effect=KeyError))  # as a container may have it
+    monkeypatch.chdir(tmp_path)
+    refused(data.get_mnist, 'no home folder', 'SCIKIT_LEARN_DATA', 'mnist_path')
+    assert not os.path.exists('~')
