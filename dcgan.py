@@ -1,18 +1,17 @@
-"""A DCGAN that learns to draw digits: MXNet's Module API, one file to read from top to bottom.
+"""A DCGAN that learns to draw digits, in MXNet's Module API: one file, to be read from top to bottom.
 
-Edit `Settings` below, run `python dcgan.py`, and watch: `gout` is what the generator G makes, `diff` the gradient
-that teaches it, `data` the real images. One training step is `train_step`, numbered 1 to 8; a reader who stops after
-`train_loop` has understood the program.
+Edit `Settings`, run `python dcgan.py`, and watch: `gout` is what the generator G makes, `diff` the gradient that
+teaches it, `data` the real images. One training step is `train_step`, numbered 1 to 8.
 
 Goodfellow et al. 2014, "Generative Adversarial Nets" (arXiv 1406.2661), the game and its loss; Radford et al. 2015,
 "Unsupervised Representation Learning with Deep Convolutional GANs" (arXiv 1511.06434), the networks.
 """
 import atexit
 import contextlib
+import csv
 import dataclasses
 import datetime
 import functools
-import io
 import itertools
 import json
 import math
@@ -22,11 +21,15 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
-import zlib
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for `python -I`, and `-m package.dcgan`
 import data  # before MXNet, which it prepares
 
+if not hasattr(data, 'RandIter'):
+    sys.exit(f'dcgan.py: needs the data.py beside it, and found {data.__file__}: rename that, or move dcgan.py')
 import mxnet as mx
 import numpy as np
 
@@ -42,7 +45,6 @@ class Settings:
     mnist_path: str = ''           # folder with files in MNIST's format; '': MNIST from OpenML, fetched once
     imgnet_path: str = 'photos'    # folder of pictures, or a .rec that holds some
     augment: bool = True           # pictures: a random crop, at random mirrored; False: the square in the middle
-    fallback: str = 'digits'       # where MNIST cannot be fetched: 'digits', or '' to stop with an error
     # networks
     ndf: int = 64                  # filters in D's first layer; doubled three times
     ngf: int = 64                  # filters in G's last but one layer
@@ -53,42 +55,44 @@ class Settings:
     # optimisation
     batch_size: int = 64           # real images in a step, and as many fakes
     lr: float = 0.0002             # Adam's learning rate after the head start
-    head_start: int = 500          # so many first iterations have lr 0.001; published: 0
-    lr_steady: int = 5000          # not pictures: then G's lr halves in every quarter as many; 0, published: never
+    head_start: int = 500          # the first iterations have lr 0.001; published: 0
+    lr_steady: int = 5000          # iterations at constant lr; after these G's lr halves every lr_steady / 4
+                                   # (digits only; 0, published: never)
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
     pos_label: float = 0.9         # label of real images while D learns; published: 1.0
-    average: float = 0.99          # decay of a mean of G's weights, which makes mosaics and samples; 0: G itself
-    epochs: int = 100              # passes over the training images
+    average: float = 0.99          # decay of an average of G's weights, applied at every printed line
+    epochs: int = 12               # passes over the training images; by then G's lr is nearly 0; published: 100
     seed: int = 1234               # same seed, same run; on the CPU to the last bit
-    ctx: object = data.default_ctx()  # or mx.cpu(), mx.gpu(1); several GPUs: mx.gpu(0), mx.gpu(1)
+    ctx: object = data.default_ctx()  # or mx.cpu(), mx.gpu(1); several GPUs: (mx.gpu(0), mx.gpu(1))
     kvstore: str = 'device'        # several GPUs: 'device' or 'local'; several machines: 'dist_sync' (README)
     # output
     out: str = 'out'               # folder for the runs; each has a folder of its own in it
     check_point: bool = True       # save after every epoch, and when stopped
-    resume: str = ''               # 'latest' or a run's folder: go on; a state or .params in it: a new run from there
+    resume: str = ''               # 'latest' or a run's folder: resume it; an epoch's .params: a new run from there
     sample: int = 0                # with resume: make that many images and stop
     digits: str = ''               # with sample and conditional: which; '7', '0123' or '3, 12'; '': all
     coverage: bool = True          # after every epoch, count the digits among generated images (not for pictures)
-    display: bool = True           # windows where there is a screen; pictures in the run's folder in any case
+    display: bool = True           # windows if there is a screen; pictures in the run's folder in any case
     monitor: int = 0               # print the networks' inner statistics every n batches
-    plot: bool = False             # draw the networks as pictures, where graphviz's `dot` is installed
-
-
-# settings that have to be the same where a run goes on from a state, and in all workers of a cluster
-SAME_NETWORKS = ['dataset', 'ngf', 'ndf', 'nc', 'Z', 'd1_bias', 'conditional']          # else the weights do not fit
-SAME_RUN = ['batch_size', 'lr', 'head_start', 'lr_steady', 'beta1', 'pos_label', 'seed', 'augment']  # else another run
+    plot: bool = False             # draw the networks as pictures, if graphviz's `dot` is installed
 
 
 # ---------------------------------------------------------------- checking them
 
-def misuse(message):
-    """End with one line and status 2: what a person asks for makes no sense."""
-    print(f'dcgan.py: {message}', file=sys.stderr)
-    sys.exit(2)
+def plain(settings):
+    """A copy with Python's own numbers for NumPy's, paths with the user's home for `~`, and `ctx` as a tuple."""
+    s = dataclasses.replace(settings)
+    for name, value in list(vars(s).items()):
+        if isinstance(value, np.generic):
+            setattr(s, name, value.item())
+        elif isinstance(value, os.PathLike) or str(value).startswith('~'):
+            setattr(s, name, os.path.expanduser(value))
+    s.ctx = tuple(s.ctx) if isinstance(s.ctx, (list, tuple)) else (s.ctx,)
+    return s
 
 
 def check(s):
-    """Before any long work, raise ValueError for a setting that cannot work, and warn of settings without effect."""
+    """Raise ValueError for a setting that cannot work, before any long work."""
     def must(right, name, rule):
         if not right:
             raise ValueError(f'{name} = {getattr(s, name)!r}: must be {rule}')
@@ -97,47 +101,30 @@ def check(s):
     for field in dataclasses.fields(s):
         found = type(getattr(s, field.name))
         must(field.type in (object, found) or (field.type, found) == (float, int), field.name, kinds.get(field.type))
+        must(found is not str or getattr(s, field.name)[:1] != '~', field.name, 'a full path: this user has no home')
     for name in ('ndf', 'ngf', 'Z', 'batch_size', 'epochs'):
         must(1 <= getattr(s, name) < 10_000, name, '1 or more, and less than 10000')
     for name in ('seed', 'head_start', 'lr_steady', 'sample', 'monitor'):
         must(0 <= getattr(s, name) < 1e9, name, '0 or more')
     for name in ('beta1', 'average'):
         must(0 <= getattr(s, name) < 1, name, '0 or more, and below 1')
-    must(s.ctx and all(isinstance(ctx, mx.Context) for ctx in s.ctx), 'ctx', 'mx.cpu(), mx.gpu(0) or several of them')
-    must(s.batch_size % len(s.ctx) == 0, 'batch_size', f'a multiple of the {len(s.ctx)} devices')
     must(0 < s.lr < math.inf, 'lr', 'more than 0')
     must(0 < s.pos_label <= 1, 'pos_label', 'more than 0, and at most 1')
-    for name, *choices in (('dataset', 'mnist', 'digits', 'imagenet'), ('fallback', 'digits', ''), ('nc', 3, 1),
-                           ('kvstore', 'device', 'local', 'dist_sync')):
-        must(getattr(s, name) in choices, name, ' or '.join(map(repr, choices)))
+    must(s.dataset in ('mnist', 'digits', 'imagenet'), 'dataset', "'mnist', 'digits' or 'imagenet'")
+    must(s.nc in (1, 3), 'nc', '1 or 3')
+    must(s.kvstore in ('device', 'local', 'dist_sync'), 'kvstore', "'device', 'local' or 'dist_sync'")
+    must(s.ctx and all(isinstance(ctx, mx.Context) for ctx in s.ctx), 'ctx', 'mx.cpu(), mx.gpu(0) or several of them')
+    must(s.batch_size % len(s.ctx) == 0, 'batch_size', f'a multiple of the {len(s.ctx)} devices')
     must(s.out, 'out', "the name of a folder, such as 'out'")
-    must(s.sample <= 100_000, 'sample', 'at most 100000 at a time; another seed makes others')
     must(s.resume or not s.sample, 'sample', "0, or resume 'latest', a run's folder or an epoch's .params")
-    if s.digits and not s.conditional:
-        misuse(f'digits = {s.digits!r}: without conditional = True G makes what it likes')
-    pictures, several = s.dataset == 'imagenet', s.kvstore == 'dist_sync' or len(s.ctx) > 1
-    for name, usual, has_effect, needs in (
-            ('mnist_path', '', s.dataset == 'mnist', "dataset = 'mnist'"),
-            ('fallback', 'digits', s.dataset == 'mnist' and not s.mnist_path, "dataset = 'mnist', mnist_path = ''"),
-            ('imgnet_path', 'photos', pictures, "dataset = 'imagenet'"),
-            ('augment', True, pictures, "dataset = 'imagenet'"),
-            ('head_start', 500, s.lr < 0.001, 'lr below 0.001'),
-            ('lr_steady', 5000, not pictures, "dataset = 'mnist' or 'digits'"),
-            ('kvstore', 'device', several, 'several devices'),
-            ('digits', '', s.sample, 'sample'),
-            ('plot', False, shutil.which('dot'), 'graphviz installed')):
-        if getattr(s, name) != usual and not has_effect:
-            print(f'WARNING: {name} = {getattr(s, name)!r} has an effect only with {needs}')
+    must(s.conditional or not s.digits, 'digits', "'', for without conditional = True G makes what it likes")
 
 
 # ---------------------------------------------------------------- the symbols
 
 def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12, d1_bias=False, classes=0):
-    """Generator and discriminator for 64x64 images.
+    """Generator and discriminator for 64x64 images; `classes` is 0, or how many a conditional pair has.
 
-    Parameters: `ngf` and `ndf` are the filters of the layer next to the image, `nc` its channels. `no_bias`,
-    `fix_gamma` and `eps` go to all layers; `d1_bias` gives D's first layer a bias all the same. A conditional pair has
-    `classes`.
     Returns: `gout`, (batch, nc, 64, 64) in [-1, 1] out of `rand` (batch, Z (+ classes, one-hot), 1, 1); `dloss`,
     (batch, 1), D's probability that an image is real, out of `data` (batch, nc, 64, 64), `label` (batch,) and, with
     classes, `digit` (batch,), the image's class from 0 on.
@@ -156,7 +143,7 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12,
     x = relu(norm(up(x, num_filter=ngf * 2, name='g3'), name='gbn3'), name='gact3')      # ngf * 2  x 16 x 16
     x = relu(norm(up(x, num_filter=ngf, name='g4'), name='gbn4'), name='gact4')          # ngf      x 32 x 32
     x = up(x, num_filter=max(nc, 2), name='g5')                                          # nc       x 64 x 64
-    if nc == 1:  # oneDNN cannot differentiate a deconvolution of one filter: two, of which the first is used
+    if nc == 1:  # oneDNN cannot differentiate a deconvolution of one filter: of two the first is used
         x = mx.sym.slice_axis(x, axis=1, begin=0, end=1)
     gout = mx.sym.Activation(x, act_type='tanh', name='gact5')
 
@@ -175,16 +162,6 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12,
     return gout, dloss
 
 
-def print_network(s, title, mod, folder):
-    """Print how many parameters a network has; with `plot`, draw it."""
-    print(f'{title}: {sum(copies[0].size for copies in mod._exec_group.param_arrays):,} parameters')
-    if s.plot and folder and shutil.which('dot'):
-        shapes = dict(mod.data_shapes + (mod.label_shapes or []))
-        mx.viz.plot_network(mod.symbol, shape=shapes, save_format='png').render(f'{folder}/net_{title}', cleanup=True)
-
-
-# ---------------------------------------------------------------- the metrics
-
 def facc(label, pred):
     """Share of images that D takes for what they are; label (batch,) 0 or 1, pred (batch, 1) in [0, 1]."""
     return ((pred.ravel() > 0.5) == label.ravel()).mean()
@@ -199,67 +176,52 @@ def fentropy(label, pred):
 # ---------------------------------------------------------------- the modules
 
 def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
-    """Make G and D with their optimisers, and a second module of D that computes only the gradient of its input.
+    """Make G and D with their optimizers; a second D that shares the weights of the first; and the averaged G.
 
-    That one shares D's parameters, moving averages and activations, and makes step 7 a tenth cheaper. Parameters: what
-    the iterators provide; MXNet's key-value store, or its kind; the names of the classes, which G's symbol keeps.
+    The second D computes the gradient of its input alone, which makes step 7 cheaper. The averaged G does not learn.
     """
     gout, dloss = make_dcgan_sym(s.ngf, s.ndf, s.nc, d1_bias=s.d1_bias, classes=len(class_names) * s.conditional)
-    if s.conditional:
+    if s.conditional:  # samples will need the names
         gout.get_internals()['rand']._set_attr(__classes__=json.dumps(list(class_names)))
-    inputs = [desc[0] for desc in data_shapes]
+    label_shapes = [('label', (s.batch_size,))]
+    make_D = functools.partial(mx.mod.Module, dloss, data_names=[desc[0] for desc in data_shapes],
+                               label_names=('label',), context=list(s.ctx))
     modG = mx.mod.Module(gout, data_names=('rand',), label_names=None, context=list(s.ctx))
     modG.bind(rand_shapes)
-    modD = mx.mod.Module(dloss, data_names=inputs, label_names=('label',), context=list(s.ctx))
-    modD.bind(data_shapes, [('label', (s.batch_size,))], inputs_need_grad=bool(s.monitor))
+    modD = make_D()
+    modD.bind(data_shapes, label_shapes, inputs_need_grad=bool(s.monitor))
     mx.random.seed(s.seed)
     for mod in (modG, modD):
         mod.init_params(mx.init.Normal(0.02))
         mod.init_optimizer(kv, 'adam', {'learning_rate': s.lr, 'beta1': s.beta1, 'wd': 0.})
         for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # each on each device
-            # Adam's moments, which MXNet would make at the first step: a state has to find them
+            # Adam's moments, which MXNet would make in the first step: a run that resumes brings its own
             mod._updater.states[i] = mod._optimizer.create_state(i, weight)
             mod._updater.states_synced[i] = True
-    modDx = mx.mod.Module(dloss, data_names=inputs, label_names=('label',), context=list(s.ctx),
-                          fixed_param_names=modD._param_names)
-    modDx.bind(data_shapes, modD.label_shapes, inputs_need_grad=True, shared_module=modD)
-    return modG, modD, modDx
+    modDx = make_D(fixed_param_names=modD._param_names)
+    modDx.bind(data_shapes, label_shapes, inputs_need_grad=True, shared_module=modD)
+    averaged_G = mx.mod.Module(gout, data_names=('rand',), label_names=None, context=s.ctx[0])
+    averaged_G.bind(rand_shapes, for_training=False)
+    averaged_G.init_params(None, *modG.get_params())
+    return modG, modD, modDx, averaged_G
 
 
-def named_arrays(mod):
-    """{name: its copy on each device} of a module's parameters, moving averages and, if it learns, Adam's moments."""
-    group, devices = mod._exec_group, len(mod._context)
-    arrays = dict(zip(mod._param_names + mod._aux_names, group.param_arrays + group.aux_arrays))
-    for i, name in enumerate(mod._param_names if mod.optimizer_initialized else ()):
-        moments = [mod._updater.states[i * devices + device] for device in range(devices)]
-        arrays[f'{name}_mean'], arrays[f'{name}_var'] = zip(*moments)
-    return arrays
-
-
-class MeanG:
-    """A running mean of G's weights and moving averages, in a G for inference alone: what it makes is better.
+def update_average(s, run, modules):
+    """At a printed line: take G's weights into their running average, which draws better than G itself.
 
     Yazıcı et al. 2019, "The Unusual Effectiveness of Averaging in GAN Training" (arXiv 1806.04498).
     """
+    mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
+    # at first, when G changes fast, the decay is smaller: 0.1, 0.18, ...
+    decay = min(s.average, (1 + run.average_count) / (10 + run.average_count))
+    run.average_count += 1
+    arrays = arrays_of(modules)
+    with mx.engine.bulk(64):
+        for name in arrays:
+            if name.endswith('_average'):
+                (average,), weight = arrays[name], arrays[name[:-len('_average')]][0]
+                average[:] = weight + decay * (average - weight)
 
-    def __init__(self, s, modG):
-        self.decay, self.count = s.average, 0
-        self.mod = mx.mod.Module(modG.symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
-        self.mod.bind(modG.data_shapes, for_training=False)
-        self.mod.init_params(None, *modG.get_params())
-
-    def update(self, modG):
-        """Take in G's weights as they are now. At first, when G changes fast, the decay is smaller: 0.1, 0.18, ..."""
-        mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        self.count += 1
-        weights = named_arrays(modG)
-        with mx.engine.bulk(64):
-            for name, (mean,) in named_arrays(self.mod).items():
-                mean[:] = weights[name][0] + decay * (mean - weights[name][0])
-
-
-# ---------------------------------------------------------------- one step
 
 def forward_backward(modD, images, label):
     """D sees images, and with them perhaps their classes: forward, backward. Returns its answers, (batch, 1)."""
@@ -280,13 +242,13 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1, label_real):
     fakes = modG.get_outputs()[0]
     fakes_for_D = [fakes, *rbatch.label]  # a conditional D knows which digit each should be
     # 2. The fakes get label 0.
-    # 3. D sees them; the gradients are kept, the weights not yet updated.
+    # 3. D sees them. The gradients are kept, the weights not yet updated.
     answers_to_fakes = forward_backward(modD, fakes_for_D, label0)
     kept = [[grad.copy() for grad in grads] for grads in modD._exec_group.grad_arrays]
     # 4. The real batch gets label 1, or nearly so (Salimans et al. 2016, arXiv 1606.03498, section 3.4); D sees it.
     answers_to_reals = forward_backward(modD, batch.data, label_real)
     # 5. The fakes' gradients are added to the reals', and D is updated once with the sum.
-    with mx.engine.bulk(64):  # on a GPU each operator waits for its stream; so they wait together
+    with mx.engine.bulk(64):  # bulk the small operators: each would otherwise synchronise its CUDA stream
         for real_grads, fake_grads in zip(modD._exec_group.grad_arrays, kept):
             for real_grad, fake_grad in zip(real_grads, fake_grads):  # one a device
                 real_grad += fake_grad
@@ -299,410 +261,441 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1, label_real):
     modG.backward([diff])
     with mx.engine.bulk(64):
         modG.update()
-    return fakes, diff, (answers_to_fakes, answers_to_reals, answers_after_update)
+    return fakes, diff, [answers_to_fakes, answers_to_reals, answers_after_update]
 
 
 # ---------------------------------------------------------------- the loop
 
 def learning_rates(s, iteration):
     """Adam's learning rates of G and D in an iteration, counted from the first epoch's first, which is 0."""
-    if iteration < s.head_start:  # `lr` alone shows noise for an epoch
+    if iteration < s.head_start:  # with `lr` alone G shows noise for an epoch
         return max(s.lr, 0.001), max(s.lr, 0.001)
     if not s.lr_steady or s.dataset == 'imagenet':
         return s.lr, s.lr
-    # At a steady lr G is lost some day. It keeps to what D teaches where it learns more slowly than D:
+    # At a constant lr G collapses some day. It follows D if it learns more slowly than D:
     # Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule" (arXiv 1706.08500).
     return s.lr * 0.5 ** max(0, 4 * iteration / s.lr_steady - 4), s.lr
 
 
-def train_loop(s, modules, mean, train_iter, rand_iter, run, coverage):
-    """Train until `s.epochs` are done or the run is asked to stop.
+@dataclasses.dataclass
+class Run:
+    """Where a run stands. `state.npz` holds this, and the arrays of the networks."""
 
-    `modules` are those of `train_step`, `mean` is what is shown of G, `run` knows where the training stands, keeps its
-    log and saves it, `coverage` counts digits (or is None). What they do stands below and need not be known here.
-    """
+    rank: int                    # this worker's number in a cluster, of `workers`
+    workers: int
+    num_batches: int             # iterations of an epoch
+    class_names: list
+    checksum: int                # of the training images
+    folder: pathlib.Path = None  # None: nothing is written, as in all workers of a cluster but the first
+    epoch: int = 0
+    iteration: int = 0           # how many of this epoch's are done
+    seconds: float = 0.
+    adam_count: int = 0          # Adam's updates so far, for its bias correction
+    average_count: int = 0       # updates of the average of G's weights so far
+    rows: list = dataclasses.field(default_factory=list)  # of log.csv
+    saved_at: float = 0.         # in seconds since 1970
+    unsaved: str = ''            # what the last save could not write
+
+
+class Stop:
+    """Whether the run is asked to stop: by a signal, by q in a window, or because nobody reads what it prints."""
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one: Slurm's --signal
+
+    def begin(self, obeys=True):
+        """Forget earlier runs. A run that does not obey goes on until it is ended."""
+        self.obeys, self.signum, self.asked_at = obeys, 0, 0
+
+    def ask(self, signum, frame=None):
+        """Handle a signal: the first one asks, a later one ends the process at once."""
+        if not self.signum:
+            self.signum, self.asked_at = signum, time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(2, b'stopping at the next line; once more: at once, without saving\n')
+        elif time.monotonic() > self.asked_at + 0.5:  # `timeout` sends each signal twice
+            os._exit(128 + signum)
+
+    def asked(self):
+        """Whether to stop now."""
+        if visual.quit_pressed() and not self.signum:
+            self.ask(signal.SIGINT)
+        return self.obeys and self.signum > 0
+
+
+stop = Stop()
+
+
+def say(text):
+    """Print. If the reader has gone, as with `| head -3`, the run is asked to stop."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        stop.ask(signal.SIGPIPE)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes all that is printed later
+    except OSError:  # a full disk, which does not end a run
+        pass
+
+
+def train_loop(s, run, modules, train_iter, rand_iter, coverage):
+    """Train until `s.epochs` are done or the run is asked to stop."""
+    modG, modD, modDx, averaged_G = modules
     labels = [mx.nd.full(s.batch_size, label, s.ctx[0]) for label in (0, 1, s.pos_label)]
     # prints the root mean square of each layer's output and of `diff`, or never
     monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='(?!.*backward).*output|d1_backward_output0', sort=True)
-    for mod in modules if s.monitor else ():
+    for mod in (modG, modD, modDx) if s.monitor else ():
         mod.install_monitor(monitor)
-    while run.epoch < s.epochs and not run.stopping:
-        mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * run.kv.rank)  # each worker has latents of its own
-        train_iter.reset()
-        train_iter.skip(run.iteration)  # in a run that goes on inside an epoch: what has been used
-        for _ in range(run.iteration):
+    started, last_shown = time.monotonic() - run.seconds, -math.inf
+    while run.epoch < s.epochs:
+        mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * run.rank)  # each worker has latents of its own
+        train_iter.begin_epoch(run.epoch, run.iteration)
+        for _ in range(run.iteration):  # in a run that resumes: the latents that it has used
             rand_iter.next()
-        run.tic = time.monotonic()  # pictures, counting and saving are no part of the speed
-        while run.iteration < run.num_batches and not run.stopping:
+        answers, last_line = [], time.monotonic()
+        while run.iteration < run.num_batches:
             for mod, lr in zip(modules, learning_rates(s, run.epoch * run.num_batches + run.iteration)):
                 mod._optimizer.set_learning_rate(lr)
             batch, rbatch = train_iter.next(), rand_iter.next()
             monitor.tic()
-            fakes, diff, answers = train_step(*modules, rbatch, batch, *labels)
+            fakes, diff, new_answers = train_step(modG, modD, modDx, rbatch, batch, *labels)
             for line in monitor.toc():
-                print('Batch: {:7d} {:30s} {:s}'.format(*line))
+                say('Batch: {:7d} {:30s} {:s}'.format(*line))
+            answers += new_answers
             run.iteration += 1
-            run.answers.append(answers)
-            if run.iteration % 10 == 0 or run.iteration == run.num_batches:
-                run.print_line()
-                mean.update(modules[0])
-                if run.folder:
-                    show_pictures(s, run, mean, fakes, diff, batch, rbatch)
-                if visual.quit_pressed() and not run.stop.signum:
-                    run.stop.ask(signal.SIGINT)
-                run.stopping = total(run.kv, run.stop.signum > 0) > 0  # where one worker is asked, all stop
-        arrays = network_arrays(modules, mean)
-        for name, array in arrays.items():
-            run.check_finite(name, array)
-        if run.iteration >= run.num_batches:
-            run.epoch, run.iteration = run.epoch + 1, 0
-        save(s, run, modules, mean, arrays)  # first: a run that is killed while it counts has lost nothing
-        if not run.stopping:
-            finish_epoch(s, run, modules[0], mean, coverage)
+            if run.iteration % 10 and run.iteration < run.num_batches:
+                continue
+            # All else happens at a printed line; up to here nothing has waited for the device.
+            answered = mx.nd.concat(*answers, dim=0).asnumpy().reshape(-1, 3, s.batch_size)  # one copy for all
+            now = time.monotonic()
+            run.seconds = now - started
+            print_line(s, run, answered, now - last_line)
+            answers, last_line = [], now
+            update_average(s, run, modules)
+            if run.epoch == 0 and run.iteration in (50, 100, 200, 400, 800):
+                save_mosaic(s, run, averaged_G, f'gout-0000-{run.iteration:05d}')
+            if now > last_shown + 1 or run.iteration == run.num_batches:  # nobody looks at more pictures a second
+                show_pictures(s, run, fakes, diff, batch, rbatch)
+                last_shown = now
+            if stop.asked():
+                return save(s, run, modules, run.epoch)
+        finish_epoch(s, run, modules, coverage)
 
 
-def show_pictures(s, run, mean, fakes, diff, batch, rbatch):
-    """Show the last step's fakes, their gradient, the real batch and the losses; in the first epoch also film G."""
-    if run.epoch == 0 and run.iteration in (50, 100, 200, 400, 800):
-        save_mosaic(s, run, mean, f'gout-0000-{run.iteration:05d}')
-    if time.monotonic() < run.last_shown + 1 and run.iteration < run.num_batches:
-        return  # nobody looks at more than one picture a second
-    run.last_shown = time.monotonic()
-    shown = dict(gout=[fakes, *rbatch.label], diff=[diff, *rbatch.label], data=batch.data)
-    for title, arrays in shown.items():
+def print_line(s, run, answered, seconds):
+    """Print and log D's answers of the iterations since the last line, (n, 3, batch), as `train_step` returns them."""
+    to_fakes, to_reals, after_update = answered.swapaxes(0, 1)
+    label = np.repeat([0., 1.], to_fakes.size)
+    before_update = np.append(to_fakes, to_reals)
+    accuracy = facc(label, before_update)
+    loss_G = fentropy(np.ones(after_update.size), after_update)
+    loss_D = fentropy(label, before_update)
+    if not np.isfinite(loss_G + loss_D):
+        raise ValueError(f'the loss is not finite at epoch {run.epoch}, iteration {run.iteration}; set a smaller lr')
+    seconds /= len(answered)  # of an iteration
+    speed = s.batch_size * run.workers / seconds
+    left = ((s.epochs - run.epoch) * run.num_batches - run.iteration) * seconds
+    say(f"epoch: {run.epoch} iter: {run.iteration} metric: ('facc', {accuracy:.2f}) ('fentropy', {loss_G:.2f}) "
+        f"('fentropy', {loss_D:.2f}) {speed:.0f}/s, {datetime.timedelta(seconds=round(left))} left")
+    log(run, epoch=run.epoch, iteration=run.iteration, facc=accuracy, fentropy_G=loss_G, fentropy_D=loss_D,
+        d_real=float(to_reals.mean()), d_fake=float(to_fakes.mean()), d_fake_after=float(after_update.mean()),
+        images_per_second=speed)
+
+
+def log(run, **row):
+    """Append a row to log.csv. The file is for people: the program never reads it."""
+    run.rows.append(dict(row, seconds=run.seconds))
+    write_log(run, 'a', run.rows[-1:])
+
+
+def write_log(run, mode, rows):
+    """Write rows to log.csv. With mode 'w' it begins anew."""
+    columns = ['epoch', 'iteration', 'seconds', 'facc', 'fentropy_G', 'fentropy_D', 'd_real', 'd_fake', 'd_fake_after',
+               'images_per_second', *(f'share_{name}' for name in run.class_names), 'digits', 'kl', 'confidence', 'fd',
+               'median', 'asked', 'asked_worst']
+    try:
+        with open(run.folder / 'log.csv' if run.folder else os.devnull, mode) as file:
+            writer = csv.DictWriter(file, columns, lineterminator='\n')
+            if mode == 'w':
+                writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        visual.warn_once('log', f'WARNING: {run.folder}/log.csv cannot be written ({error}); the run goes on')
+
+
+def show_pictures(s, run, fakes, diff, batch, rbatch):
+    """Show the last step's fakes, their gradient, the real images, and the losses so far."""
+    for title, arrays in dict(gout=[fakes, *rbatch.label], diff=[diff, *rbatch.label], data=batch.data).items():
         X, *classes = [array.asnumpy() for array in arrays]
         if title == 'diff':
             X = (X - X.mean()) / (X.std() or 1)
-        visual.visual(title, X, run.folder, s.display, *classes, num_classes=len(run.class_names))
-    lines = [row for row in run.rows if {'fentropy_G', 'fentropy_D'} <= row.keys()]
+        visual.visual(title, X, run.folder, s.display, *classes)
+    lines = [row for row in run.rows if 'facc' in row]
     iterations = np.array([row['epoch'] * run.num_batches + row['iteration'] for row in lines])
     curves = {f'entropy of {net}': np.array([row[f'fentropy_{net}'] for row in lines]) for net in 'GD'}
     visual.show_picture('loss', visual.plot(iterations, curves), run.folder, s.display)
 
 
-def save_mosaic(s, run, mean, title):
-    """Write a mosaic of always the same latents, a batch."""
-    classes = np.resize(np.arange(len(run.class_names)), s.batch_size) if s.conditional else None
-    images, _ = next(generate(mean.mod, fixed_latents(s.seed, s.batch_size, s.Z), classes))
-    visual.visual(title, images, run.folder, False, classes, len(run.class_names))
+def save_mosaic(s, run, averaged_G, title):
+    """Write a mosaic of always the same latents, a batch; if conditional, a class a column."""
+    num_classes = len(run.class_names) if s.conditional else 0
+    classes = np.resize(np.arange(num_classes), s.batch_size) if s.conditional else None
+    images, _ = next(generate(averaged_G, fixed_latents(s.seed, s.batch_size, s.Z), classes))
+    visual.visual(title, images, run.folder, False, columns=visual.columns_for(num_classes) if num_classes else None)
 
 
-def finish_epoch(s, run, modG, mean, coverage):
-    """Make an epoch's mosaic, film and count of digits where they are missing, and warn where G is being lost."""
-    epoch, names = run.epoch - 1, run.class_names
-    if not run.folder:
-        return
-    if not (run.folder / f'gout-{epoch:04d}.png').exists():
-        save_mosaic(s, run, mean, f'gout-{epoch:04d}')
+def finish_epoch(s, run, modules, coverage):
+    """Save first, so that a run killed later loses nothing. Then draw and judge what the averaged G makes."""
+    epoch = run.epoch
+    run.epoch, run.iteration = epoch + 1, 0
+    save(s, run, modules, epoch)
+    save_mosaic(s, run, modules[3], f'gout-{epoch:04d}')
     visual.film(run.folder)
-    if not coverage or any(row['epoch'] == epoch and 'kl' in row for row in run.rows):
-        return
-    # a run that goes on has the first device's moving averages on all devices: the same here, so that both agree
-    for copies in modG._exec_group.aux_arrays:
-        for moving_average in copies[1:]:
-            moving_average[:] = copies[0]
+    if coverage:
+        judge(s, run, modules[3], coverage, epoch)
+        save(s, run, modules, epoch)  # once more, with the count in the log
+
+
+def judge(s, run, averaged_G, coverage, epoch):
+    """Count the digits among what the averaged G makes, and warn if G has collapsed."""
+    first = not coverage.learned
+    if first:
+        say('a classifier learns the real images, to judge the generated ones; up to a minute, and then it is kept ...')
     latents = fixed_latents(s.seed, coverage.num_images, s.Z)
-    classes = np.resize(coverage.y, len(latents)) if s.conditional else None  # with the shares of the real ones
-    # the mean is what is shown, but it is late to tell where G is going: G itself is judged, too
-    row, weights = (coverage.count(generate(mod, latents, classes)) for mod in (mean.mod, modG))
-    shares = ' '.join(f'{100 * row[f"share_{name}"]:.0f}' for name in names)
-    print(f'epoch: {epoch} digits: {row["digits"]} of {len(names)}, shares: {shares} %, '
-          f'confidence: {row["confidence"]:.2f}, KL: {row["kl"]:.3f}' + (f', FD: {row["fd"]:.2f}' if row['fd'] else ''))
+    classes = np.resize(coverage.y, len(latents)) if s.conditional else None  # as frequent as in the real images
+    row = coverage.count(generate(averaged_G, latents, classes))
+    log(run, **row, epoch=epoch, iteration=run.num_batches)
+    if first and row['fd']:
+        say(f'FD: the Fréchet distance from real images; other real ones have {coverage.floor:.2f}')
+    shares = ' '.join(f'{100 * row[f"share_{name}"]:.0f}' for name in run.class_names)
+    say(f'epoch: {epoch} digits: {row["digits"]} of {len(run.class_names)}, shares: {shares} %, {measures(row)}')
     if s.conditional:
-        print(f'epoch: {epoch} digits as asked: {100 * row["asked"]:.1f} %, worst: {100 * row["asked_worst"]:.1f} %')
-    row.update({f'{name}_weights': weights.get(name) for name in MEASURES})
-    run.add_row(**{**row, 'epoch': epoch, 'iteration': run.num_batches})
-    counts = [count for count in run.rows if count.keys() >= run.rows[-1].keys()]  # some may be cut, or without FD
-    grey = coverage.real_median + 10
-    if min(count['median'] for count in counts) <= grey < max(row['median'], row['median_weights']):
-        visual.warn_once('grey', 'WARNING: the background turns grey: set d1_bias = True, or a smaller lr')
-    if row['fd'] is None:
-        best = max(counts, key=lambda count: count['confidence'])
-        lost = min(row['confidence'], row['confidence_weights']) < 0.5 <= best['confidence']
-    else:
+        say(f'epoch: {epoch} digits as asked: {100 * row["asked"]:.1f} %, worst: {100 * row["asked_worst"]:.1f} %')
+    counts = [count for count in run.rows if 'kl' in count]
+    if row['fd']:
         best = min(counts, key=lambda count: count['fd'])
-        lost = row['fd'] > 5 * best['fd'] or row['fd_weights'] > 5 * best['fd_weights']
-    if lost:
-        visual.warn_once('lost', 'WARNING: G makes no digits any more: set a smaller lr or another seed, and resume = '
-                                 f"'{run.params_path('G', best['epoch'])}', of the best epoch")
+        collapsed = row['fd'] > 5 * best['fd']
+    else:
+        best = max(counts, key=lambda count: count['confidence'])
+        collapsed = row['confidence'] < 0.5 <= best['confidence']
+    if collapsed:
+        say('WARNING: G has collapsed; begin again from the best epoch, with a smaller lr or another seed: resume = '
+            f"'{find_params(run.folder, epoch=best['epoch'])}'")
 
 
-# ---------------------------------------------------------------- a run, in memory and on disk
-
-MEASURES = ['confidence', 'fd', 'median', 'asked', 'asked_worst']  # of what the mean of G makes, and of what G makes
-
-
-class Stop(io.TextIOBase):
-    """Knows whether a signal, q, or a pipe that nobody reads asks the run to stop; stands for stdout while it lasts."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one: Slurm's --signal
-    signum = asked_at = 0  # the signal that asked, and when
-
-    def __init__(self, stdout):
-        self.stdout = stdout
-
-    def ask(self, signum, frame=None):
-        """Handle a signal: the first asks, a second one ends the process at once."""
-        if self.signum in (0, signal.SIGPIPE):  # a pipe's reader may have got the same Ctrl-C
-            self.signum, self.asked_at = signum, time.monotonic()
-            self.write('stopping at the next line; once more: at once, without saving\n')
-        elif time.monotonic() - self.asked_at > 0.5:  # `timeout` sends each signal twice
-            os._exit(128 + signum)
-
-    def write(self, text):
-        """Print. A pipe without a reader, as after Ctrl-C with `| tee`, asks the run to end; a full disk does not."""
-        try:
-            if self.stdout is sys.__stdout__:  # past Python's buffer, which a signal may find in use
-                os.write(self.stdout.fileno(), text.encode(errors='replace'))
-            else:  # a notebook's, say
-                self.stdout.write(text)
-        except BrokenPipeError:
-            self.signum = self.signum or signal.SIGPIPE
-        except OSError:
-            pass
+def measures(row):
+    """A count's figures in words; few images have no Fréchet distance."""
+    fd = f', FD: {row["fd"]:.2f}' if row['fd'] else ''
+    return f'confidence: {row["confidence"]:.2f}, KL: {row["kl"]:.3f}{fd}'
 
 
-class Run:
-    """Where the training stands, the rows of its log, and its folder (README, "The first minutes").
+def last_line(s, run):
+    """How the run has ended, what came out, and what can be done with it."""
+    end = f'stopped in epoch {run.epoch} after iteration {run.iteration}' if stop.asked() else 'done'
+    counts = [row for row in run.rows if 'kl' in row]
+    if counts:
+        end += f'; after epoch {counts[-1]["epoch"]} {measures(counts[-1])}'
+    end += f'; pictures and log: {run.folder}/'
+    if run.unsaved:
+        raise OSError(f'{end}; NOT SAVED: {run.unsaved}')
+    if not s.check_point:
+        return f'{end}; nothing was saved'
+    more = "to resume: resume = 'latest'" if stop.asked() else "to train on: resume = 'latest' and more epochs"
+    return f"{end}; {more}; samples: resume = 'latest', sample = 64"
 
-    `folder` is None in all workers of a cluster but the first; `about`: of a state, None where a run begins.
+
+# ---------------------------------------------------------------- a run on disk
+
+def arrays_of(modules):
+    """{name: its copy on each device} of all that training changes: weights, the averaged G's, Adam's moments."""
+    modG, modD, _, averaged_G = modules
+    arrays = {}
+    for mod, suffix in (modG, ''), (modD, ''), (averaged_G, '_average'):
+        group = mod._exec_group
+        for name, copies in zip(mod._param_names + mod._aux_names, group.param_arrays + group.aux_arrays):
+            arrays[name + suffix] = copies
+    for mod in (modG, modD):
+        devices = len(mod._context)
+        for i, name in enumerate(mod._param_names):
+            moments = [mod._updater.states[i * devices + device] for device in range(devices)]
+            arrays[f'{name}_mean'], arrays[f'{name}_var'] = zip(*moments)
+    return arrays
+
+
+def save(s, run, modules, epoch):
+    """Save the state, which replaces the old one when it is whole, and the networks under an epoch's number.
+
+    What cannot be written is said, and does not end the run. Raises ValueError for numbers that are not finite.
     """
-
-    def __init__(self, s, folder, train_iter, kv, stop, about):
-        self.s, self.folder, self.kv, self.stop = s, folder, kv, stop
-        self.num_batches = math.ceil(train_iter.num_data / s.batch_size)  # iterations of an epoch
-        self.class_names, self.checksum = train_iter.class_names, train_iter.checksum
-        about = about or dict(epoch=0, iteration=0, seconds=0, path='')
-        self.epoch, self.iteration, self.saved = about['epoch'], about['iteration'], about['path']
-        self.start = time.monotonic() - about['seconds']
-        self.stopping = False        # whether the loop ends for a stop; in a cluster, whether all loops do
-        self.answers = []            # D's, of the iterations since the last line
-        self.last_shown = -math.inf  # when the pictures were
-        self.columns = ['epoch', 'iteration', 'seconds', 'facc', 'fentropy_G', 'fentropy_D', 'images_per_second',
-                        *(f'share_{name}' for name in self.class_names), 'digits', 'kl',
-                        *MEASURES, *(f'{name}_weights' for name in MEASURES)]
-        self.rows, self.log_is_whole = [], False
-        lines = []
-        with contextlib.suppress(OSError):  # without it the log begins anew
-            lines = self.saved.with_name('log.csv').read_text(errors='replace').splitlines() if self.saved else []
-        for line in lines:
-            cells = line.split(',')
-            with contextlib.suppress(ValueError, KeyError):  # the header; a row that was damaged
-                row = {name: float(cell) for name, cell in zip(self.columns, cells) if cell}
-                row.update(epoch=int(cells[0]), iteration=int(cells[1]))
-                stands_before = (row['epoch'], row['iteration']) <= (self.epoch, self.iteration)
-                if stands_before and len(cells) == len(self.columns):  # else it was cut short
-                    self.rows.append(row)
-
-    def print_line(self):
-        """Print a line for the iterations since the last one, and append it to the log."""
-        answers = mx.nd.concat(*itertools.chain(*self.answers), dim=0)  # one copy from the device for all of them
-        to_fakes, to_reals, after_update = answers.asnumpy().reshape(len(self.answers), 3, -1).swapaxes(0, 1)
-        label01, before_update = np.repeat([0., 1.], to_fakes.size), np.append(to_fakes, to_reals)
-        mACC, mD = facc(label01, before_update), fentropy(label01, before_update)
-        mG = fentropy(np.ones(after_update.size), after_update)
-        self.check_finite('the loss', [mG, mD])
-        seconds = (time.monotonic() - self.tic) / len(self.answers)  # of an iteration
-        speed = self.s.batch_size * self.kv.num_workers / seconds
-        left = ((self.s.epochs - self.epoch) * self.num_batches - self.iteration) * seconds
-        self.answers, self.tic = [], time.monotonic()
-        print(f"epoch: {self.epoch} iter: {self.iteration} metric: ('facc', {mACC:.2f}) ('fentropy', {mG:.2f}) "
-              f"('fentropy', {mD:.2f}) {speed:.0f}/s, {datetime.timedelta(seconds=round(left))} left")
-        self.add_row(facc=mACC, fentropy_G=mG, fentropy_D=mD, images_per_second=speed)
-
-    def check_finite(self, name, array):
-        """Raise ValueError where the numbers of a run are ruined."""
-        if not np.isfinite(array).all():
-            raise ValueError(f'{name} is not finite at epoch {self.epoch}, iteration {self.iteration} (or shortly '
-                             f'before); last good state: {self.saved or "none"}; try a smaller lr')
-
-    def add_row(self, **row):
-        """Append a row to the log. It is written anew where a run begins or goes on, and after a failure."""
-        row = {'epoch': self.epoch, 'iteration': self.iteration, 'seconds': time.monotonic() - self.start, **row}
-        self.rows.append({name: value for name, value in row.items() if value is not None})
-        if not self.folder:
-            return
-        path = self.folder / 'log.csv'
-        append = self.log_is_whole and path.exists()
-        self.log_is_whole = False  # until the row is there
-        lines = self.rows[-1:] if append else [dict(zip(self.columns, self.columns)), *self.rows]
-        try:
-            with path.open('ab') if append else whole_file(path) as file:
-                for row in lines:
-                    file.write(','.join(str(row.get(name, '')) for name in self.columns).encode() + b'\n')
-            self.log_is_whole = True
-        except OSError as error:
-            visual.warn_once('log', f'WARNING: {path} cannot be written ({error}); the run goes on')
-
-    def params_path(self, net, epoch):
-        """Where an epoch's parameters are, under the published script's names; `net` is G, D, or Gmean."""
-        stamp = self.folder.name.replace(f'{self.s.dataset}_', '', 1)
-        return self.folder / f'{self.s.dataset}_{net}_{stamp}-{epoch:04d}.params'
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """A file to write. It gets its name when it is whole and on the disk; before, it is `tmp` in the same folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have renamed it
-    with path.with_name('tmp').open('wb') as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_name('tmp').replace(path)
-
-
-def save(s, run, modules, mean, arrays):
-    """Write a state, of which the newest two stay, and at an epoch's end the networks in MXNet's own format.
-
-    What fails is said, and does not end the run: the disk may have room again later.
-    """
-    if not run.folder or not s.check_point:
-        return
-    about = dict(epoch=run.epoch, iteration=run.iteration, seconds=time.monotonic() - run.start,
-                 num_update=modules[0]._optimizer.num_update, average_count=mean.count, checksum=run.checksum,
-                 class_names=run.class_names if s.conditional else [], names=list(arrays),
-                 settings=dict(vars(s), workers=run.kv.num_workers),
-                 versions=dict(mxnet=mx.__version__, numpy=np.__version__, python=sys.version))
-    path = run.folder / f'state-{run.epoch:04d}-{run.iteration:06d}.npz'
-    try:
-        with whole_file(path) as file:
-            np.savez(file, about=json.dumps(about, default=str), **arrays)
-        run.saved = path
-        if run.iteration == 0:
-            for net, mod, end in (('G', modules[0], ''), ('D', modules[1], ''), ('Gmean', mean.mod, '_average')):
-                path = run.params_path(net, run.epoch - 1)
-                if net != 'Gmean' or s.average:
-                    save_params(path, mod, {name: arrays[name + end] for name in mod._param_names + mod._aux_names})
-        for old in sorted(run.folder.glob('state-*-*.npz'))[:-2]:
-            old.unlink()
-    except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
-        print(f'WARNING: {path} is not saved: {data.last_line(error)}; the run goes on')
-
-
-def save_params(path, mod, arrays):
-    """Write a network in MXNet's own format: its symbol, and {name: NumPy array} of parameters and moving averages."""
-    with whole_file(path.with_name(path.name[:-len('0000.params')] + 'symbol.json')) as file:
-        file.write(mod.symbol.tojson().encode())
-    kinds = {**dict.fromkeys(mod._param_names, 'arg'), **dict.fromkeys(mod._aux_names, 'aux')}
-    with whole_file(path) as file:
-        mx.nd.save(file.name, {f'{kinds[name]}:{name}': mx.nd.array(array) for name, array in arrays.items()})
-        mx.nd.load(file.name)  # MXNet does not notice every full disk
-
-
-def state_arrays(modules, mean):
-    """`named_arrays` of both networks and of the mean of G: all that training changes."""
-    average = {f'{name}_average': copies for name, copies in named_arrays(mean.mod).items()}
-    return {**named_arrays(modules[0]), **named_arrays(modules[1]), **average}
-
-
-def network_arrays(modules, mean):
-    """{name: NumPy array} of the same, from the first device."""
+    modG, modD, _, averaged_G = modules
     mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
-    return {name: copies[0].asnumpy() for name, copies in state_arrays(modules, mean).items()}
+    arrays = {name: copies[0].asnumpy() for name, copies in arrays_of(modules).items()}  # of the first device
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f'{name} is not finite after epoch {epoch}; set a smaller lr')
+    if not s.check_point:
+        return
+    run.adam_count, run.saved_at, run.unsaved = modG._optimizer.num_update, time.time(), ''
+    about = dict(vars(run), settings=vars(s), versions=[mx.__version__, np.__version__, sys.version])
+    target = run.folder / 'state.npz'
+    try:
+        with visual.replacing(target) as path, open(path, 'wb') as file:
+            np.savez(file, run=json.dumps(about, default=str), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        for net, mod, suffix in ('G', modG, ''), ('D', modD, ''), ('Gmean', averaged_G, '_average'):
+            if net == 'Gmean' and not s.average:
+                continue  # it is G itself
+            # the published script's names
+            stamp = run.folder.name.replace(f'{s.dataset}_', '', 1)
+            target = run.folder / f'{s.dataset}_{net}_{stamp}-symbol.json'
+            with visual.replacing(target) as path:
+                mod.symbol.save(path)
+            target = run.folder / f'{s.dataset}_{net}_{stamp}-{epoch:04d}.params'
+            kinds = {**dict.fromkeys(mod._param_names, 'arg'), **dict.fromkeys(mod._aux_names, 'aux')}
+            with visual.replacing(target) as path:
+                mx.nd.save(path, {f'{kinds[name]}:{name}': mx.nd.array(arrays[name + suffix]) for name in kinds})
+                mx.nd.load(path)  # MXNet does not notice every full disk
+    except (OSError, ValueError, mx.MXNetError) as error:  # ValueError: MXNet quotes what it cannot read
+        run.unsaved = f'{target} ({data.last_line(error)})'
+        say(f'WARNING: not saved: {run.unsaved}; the run goes on')
+
+
+def find_run(s):
+    """The folder of the run that `resume` names; 'latest' is the run in `out` that was saved last."""
+    if s.resume != 'latest':
+        return pathlib.Path(s.resume)
+
+    def saved_at(path):  # not the file's own time, which a copy changes
+        try:
+            return read_state(path.parent)[0]['saved_at']
+        except ValueError:
+            return os.path.getmtime(path)
+
+    states = sorted(pathlib.Path(s.out).glob('*/state.npz'), key=saved_at)
+    if not states:
+        raise ValueError(f"resume = 'latest': no run in {s.out} has a state.npz; set a run's folder or .params")
+    return states[-1].parent
+
+
+def parse_params(path):
+    """What the name of an epoch's .params tells: dataset, network, stamp, epoch; None if it is another file."""
+    found = re.fullmatch('([a-z]+)_(Gmean|G|D)_(.+)-([0-9]{4}).params', path.name)
+    return found and (*found.groups()[:3], int(found[4]))
+
+
+def find_params(folder, nets=('G',), epoch=None):
+    """The .params in a run's folder of the first of `nets` that has any, of that epoch or the newest; or None."""
+    for net in nets:
+        found = {parsed[3]: path for path in folder.glob('*.params') for parsed in [parse_params(path)]
+                 if parsed and parsed[1] == net}
+        if found:
+            return found.get(max(found) if epoch is None else epoch)
+    return None
+
+
+def read_state(folder):
+    """What a run remembers of itself, and {name: array}, out of its folder. Raises ValueError."""
+    try:
+        with np.load(folder / 'state.npz', allow_pickle=False) as file:
+            arrays = dict(file)
+        saved = json.loads(str(arrays.pop('run')))
+        return {name: saved[name] for name in (
+            'epoch', 'iteration', 'seconds', 'adam_count', 'average_count', 'rows', 'saved_at', 'checksum',
+            'settings')}, arrays
+    except Exception as error:  # NumPy, zipfile and json have a dozen kinds for a damaged file
+        raise ValueError(f'{folder}/state.npz: {data.last_line(error)}{instead(folder)}') from None
+
+
+def instead(folder):
+    """What to do if a run cannot be resumed."""
+    path = find_params(folder)
+    return f"; to begin a new run with the newest epoch's networks: resume = '{path}'" if path else ''
+
+
+def read_epoch(path):
+    """The same as `read_state`, out of an epoch's .params. Adam and the average begin anew."""
+    symbol, G, moving_G = load_network(path, 'G')
+    _, D, moving_D = load_network(path, 'D')
+    arrays = {name: array.asnumpy() for name, array in {**G, **moving_G, **D, **moving_D}.items()}
+    arrays.update({f'{name}_average': arrays[name] for name in [*G, *moving_G]})
+    arrays.update({f'{name}_{moment}': 0 * arrays[name] for name in [*G, *D] for moment in ('mean', 'var')})
+    settings = dict(ngf=G['g5_weight'].shape[0], ndf=D['d1_weight'].shape[0], nc=D['d1_weight'].shape[1],
+                    Z=G['g1_weight'].shape[0] - len(class_names_of(symbol)), d1_bias='d1_bias' in D,
+                    conditional=bool(class_names_of(symbol)))
+    return dict(epoch=parse_params(path)[3] + 1, iteration=0, seconds=0., adam_count=0, average_count=0, rows=[],
+                saved_at=0., checksum=None, settings=settings), arrays
+
+
+def load_network(path, net):
+    """A network's symbol, parameters and moving averages from the epoch that has `path` among its .params."""
+    if not parse_params(path):
+        raise ValueError(f"{path}: not an epoch's .params, such as mnist_G_2026_11_26-13_39-0000.params")
+    dataset, _, stamp, epoch = parse_params(path)
+    try:
+        return mx.model.load_checkpoint(str(path.with_name(f'{dataset}_{net}_{stamp}')), epoch)
+    except (ValueError, mx.MXNetError) as error:
+        raise ValueError(f'{path}: damaged ({data.last_line(error)}); set an earlier epoch') from None
+
+
+def class_names_of(symbol):
+    """The names of the classes of a conditional G; else none."""
+    return json.loads(symbol.attr_dict().get('rand', {}).get('__classes__', '[]'))
+
+
+def read_start(s):
+    """The folder to resume in, or None for a new one, and what `resume` names: `read_state`'s, or `read_epoch`'s.
+
+    Raises ValueError for a run that cannot be resumed, so that this is told before the data are loaded.
+    """
+    if not s.resume:
+        return None, None, None
+    path = find_run(s)
+    if path.suffix == '.params':
+        folder, (saved, arrays) = None, read_epoch(path)
+        if saved['epoch'] >= s.epochs:
+            raise ValueError(f'epochs = {s.epochs}: {path} has as many; set more')
+    elif path.is_dir():
+        folder, (saved, arrays) = path, read_state(path)
+    else:
+        raise ValueError(f"resume = {s.resume!r}: there is no such run; set 'latest', a run's folder or .params in it")
+    for name in ('ngf', 'ndf', 'nc', 'Z', 'd1_bias', 'conditional'):
+        if saved['settings'][name] != getattr(s, name):
+            raise ValueError(f'{path}: trained with {name} = {saved["settings"][name]}, now it is {getattr(s, name)}')
+    say(f'resuming {path}: epoch {saved["epoch"]}, iteration {saved["iteration"]}'
+        + '; Adam and the average of G begin anew' * (folder is None))
+    for name in ('batch_size', 'lr', 'head_start', 'lr_steady', 'beta1', 'pos_label', 'seed', 'augment'):
+        if saved['settings'].get(name, getattr(s, name)) != getattr(s, name):
+            say(f'WARNING: {name} was {saved["settings"][name]!r}: the run resumes, but is not the same run')
+    return folder, saved, arrays
+
+
+def restore(run, modules, saved, arrays):
+    """Put a run and its networks where they were. Raises ValueError if they are of other data or networks."""
+    where = run.folder or 'resume'
+    hint = instead(run.folder) if run.folder else ''
+    if saved['checksum'] not in (None, run.checksum):
+        raise ValueError(f'{where}: trained with other images{hint}')
+    targets = arrays_of(modules)
+    shapes = {name: copies[0].shape for name, copies in targets.items()}
+    for name in [*shapes, *arrays]:
+        if name not in arrays or arrays[name].shape != shapes.get(name):
+            raise ValueError(f'{where}: {name} is missing or of other networks{hint}')
+    for name, copies in targets.items():
+        for copy in copies:
+            copy[:] = arrays[name]
+    for name in ('epoch', 'iteration', 'seconds', 'adam_count', 'average_count', 'rows', 'saved_at'):
+        setattr(run, name, saved[name])
+    for mod in modules[:2]:
+        mod._optimizer.begin_num_update = mod._optimizer.num_update = run.adam_count
 
 
 def new_folder(path):
-    """Make a new folder of that name, or with a number after it where the folder, or a picture of its name, exists."""
+    """Make a folder of that name, or with a number after it if a folder, or a picture, has the name."""
     for number in itertools.count(1):
         folder = path.with_name(f'{path.name}_{number}' if number > 1 else path.name)
         with contextlib.suppress(FileExistsError):
             if not folder.with_name(f'{folder.name}.png').exists():
                 folder.mkdir(parents=True)
                 return folder
-
-
-def lock(folder, stack):
-    """Keep other processes from training in a run's folder. The lock ends with this process, however that ends."""
-    import fcntl  # not at the top: Windows, which data.py refuses, has none
-    fd = os.open(folder, os.O_RDONLY)
-    stack.callback(os.close, fd)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f'{folder}: another process trains in this folder; stop it, or resume a copy') from None
-    except OSError as error:
-        print(f'WARNING: {folder} cannot be locked ({error}): let no other run use it')
-
-
-def start_path(s):
-    """What `resume` names; with 'latest' it is the run in `out` that saved last. Raises ValueError where none did."""
-    if s.resume != 'latest':
-        return pathlib.Path(s.resume)
-    states = list(pathlib.Path(s.out).glob('*/state-*-*.npz'))
-    if not states:
-        raise ValueError(f"resume = 'latest': no run in {s.out} has a state to go on from")
-    return max(states, key=os.path.getmtime).parent
-
-
-def find_state(path, rename=False):
-    """The newest state in a run's folder that can be read, or what is in a file: a state, or an epoch's .params.
-
-    Returns what it remembers of its run, with its `path`, and {name: array}. Raises OSError where the disk does not
-    give it, ValueError where there is none. `rename`: a damaged one, so that it does not count among the newest two.
-    """
-    path = pathlib.Path(path)
-    for file in [path] if path.is_file() else sorted(path.glob('state-*-*.npz'), reverse=True):
-        content = file.read_bytes()
-        try:
-            if file.suffix == '.params':
-                return read_params(file)
-            arrays = dict(np.load(io.BytesIO(content), allow_pickle=False))
-            about = json.loads(str(arrays.pop('about')))
-            for name in ('epoch', 'iteration', 'num_update', 'average_count', 'seconds'):
-                about[name] = int(about[name])
-            about['settings'].setdefault('lr_steady', 0)  # of a version that had none
-            missing = {*SAME_NETWORKS, *SAME_RUN, 'workers'} - about['settings'].keys()
-            # after a flipped bit in the archive's directory NumPy finds fewer arrays
-            if about['names'] != list(arrays) or missing or 'class_names' not in about:
-                raise ValueError('something is missing')
-            return dict(about, path=file), arrays
-        except Exception as error:  # NumPy, zipfile and MXNet have a dozen kinds for a flipped bit
-            print(f'WARNING: {file}: is damaged, or not of this program ({data.last_line(error)})')
-            if rename:
-                file.replace(f'{file}.damaged')
-    raise ValueError(f"resume: {path} has no state to go on from; set 'latest', a run's folder or a file in it")
-
-
-def read_params(path):
-    """What `find_state` returns, of an epoch's .params of G and D, or of the mean of G. Mean and Adam begin anew."""
-    dataset, net, stamp, epoch = re.fullmatch('(.*?)_(Gmean|G|D)_(.*)-([0-9]+)', path.stem).groups()
-    arrays = {}
-    for other in ['Gmean'] if net == 'Gmean' else ['G', 'D']:
-        file = path.with_name(f'{dataset}_{other}_{stamp}-{epoch}.params')
-        if other == 'D' and not file.exists():
-            continue  # samples need none
-        for key, array in mx.nd.load(str(file)).items():
-            name, array = key.split(':')[-1], array.asnumpy()
-            arrays[name] = arrays[f'{name}_average'] = array
-            arrays[f'{name}_mean'] = arrays[f'{name}_var'] = np.zeros_like(array)
-    symbol = mx.sym.load(str(path.with_name(f'{dataset}_G_{stamp}-symbol.json')))
-    class_names = json.loads(symbol.attr_dict().get('rand', {}).get('__classes__', '[]'))
-    return dict(path=path, epoch=int(epoch) + 1, iteration=0, num_update=0, average_count=0, seconds=0,
-                class_names=class_names), arrays
-
-
-def restore(s, workers, checksum, modules, mean, about, arrays):
-    """Put modules into a state. Raises ValueError where it is of other networks or data; what else differs is said."""
-    now = dict(vars(s), workers=workers)
-    was = about.get('settings', now)
-    for name in SAME_NETWORKS:
-        if was[name] != now[name]:
-            raise ValueError(f'{about["path"]}: trained with {name} = {was[name]!r}, now it is {now[name]!r}')
-    for name in (*SAME_RUN, 'workers'):
-        if was[name] != now[name]:
-            print(f'WARNING: {name} was {was[name]!r} and is {now[name]!r}: it goes on, but is not the same run')
-    if about.get('checksum', checksum) != checksum:
-        raise ValueError(f"{about['path']}: trained with other data; to go on with these, resume an epoch's .params")
-    for name, copies in state_arrays(modules, mean).items():
-        if name not in arrays or arrays[name].shape != copies[0].shape:
-            raise ValueError(f'{about["path"]}: of other networks, or for sample only: {name} does not fit')
-        for copy in copies:
-            copy[:] = arrays[name]
-    for mod in modules[:2]:  # for Adam's bias correction
-        mod._optimizer.begin_num_update = mod._optimizer.num_update = about['num_update']
-    mean.count = about['average_count']
-    adam = '' if 'settings' in about else "; Adam's moments and step count begin at zero"
-    print(f'going on from {about["path"]}: epoch {about["epoch"]}, iteration {about["iteration"]}{adam}')
 
 
 # ---------------------------------------------------------------- sampling
@@ -728,205 +721,192 @@ def generate(modG, latents, classes=None):
         yield modG.get_outputs()[0].asnumpy()[:n - start], None if classes is None else classes[part]
 
 
+def choose(digits, class_names):
+    """The positions of the classes that `digits` names; all of them if it names none. Raises ValueError."""
+    wanted = re.findall('[^, ]+', digits) if re.search('[, ]', digits.strip()) else list(digits.strip())
+    unknown = [name for name in wanted if name not in class_names]
+    if unknown:
+        raise ValueError(f'digits = {digits!r}: there is no {unknown[0]!r}; that run has '
+                         f'{", ".join(class_names) or "no classes, for it is not conditional"}')
+    return [class_names.index(name) for name in wanted or class_names]
+
+
 def make_samples(s):
-    """Write a mosaic, single images, and a walk between latent points, under names that are not there yet."""
+    """Write images by the G in an epoch's .params, a mosaic of them, and a walk between latents, under new names."""
     data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1]))
-    about, arrays = find_state(start_path(s))
-    path, class_names = about['path'], about['class_names']
-    params = {name[:-len('_average')]: mx.nd.array(arrays[name]) for name in arrays if name.endswith('_average')}
-    if not {'g1_weight', 'g5_weight'} <= params.keys():
-        raise ValueError(f'{path}: has no G')
-    ngf, filters = params['g5_weight'].shape[:2]
-    symbol, _ = make_dcgan_sym(ngf, 1, 3 if filters == 3 else 1)
-    modG = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
-    modG.bind([('rand', (s.batch_size, params['g1_weight'].shape[0], 1, 1))], for_training=False)
-    modG.init_params(None, params, params)
-    digits = s.digits.strip()
-    names = re.findall('[^, ]+', digits) if re.search('[, ]', digits) else list(digits)
-    if names and not class_names:
-        misuse(f'digits = {s.digits!r}: that run is not conditional, and its G makes what it likes')
-    for name in names:
-        if name not in class_names:
-            raise ValueError(f'digits = {s.digits!r}: there is no {name!r}, but {", ".join(class_names)}')
-    chosen = [class_names.index(name) for name in names or class_names]
-    Z = modG.data_shapes[0].shape[1] - len(class_names)
-    weights = '-weights' if path.suffix == '.params' and '_Gmean_' not in path.name else ''
-    called = f'sample-{about["epoch"] - (about["iteration"] == 0):04d}{weights}'
-    try:
-        folder = new_folder(path.with_name(called))
-    except OSError as error:
-        print(f'WARNING: {path.parent} cannot be written ({error.strerror}): the images go to {s.out}')
-        folder = new_folder(pathlib.Path(s.out, called))
+    path = find_run(s)
+    if path.suffix != '.params':
+        folder, path = path, find_params(path, ('Gmean', 'G'))
+        if not path:
+            raise ValueError(f"{folder}: has no epoch's .params; set 'latest', a run's folder or an epoch's .params")
+    net = 'Gmean' if '_Gmean_' in path.name else 'G'
+    symbol, parameters, moving_averages = load_network(path, net)
+    num_inputs = parameters['g1_weight'].shape[0]
+    G = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
+    G.bind([('rand', (s.batch_size, num_inputs, 1, 1))], for_training=False)
+    G.init_params(None, parameters, moving_averages)
+    class_names = class_names_of(symbol)
+    chosen = choose(s.digits, class_names)
+    Z = num_inputs - len(class_names)
+
+    folder = new_folder(path.with_name(f'sample-{parse_params(path)[3]:04d}' + '-weights' * (net == 'G')))
     classes = np.resize(chosen, s.sample) if chosen else None
-    shown, number = [], 0
-    for images, _ in generate(modG, fixed_latents(s.seed, s.sample, Z), classes):
-        shown = [*shown, *images][:256]
-        for image in images:
-            visual.save(folder / f'{number:05d}.png', visual.tile(image[None]))
-            number += 1
-    columns = visual.columns_for(len(chosen)) if chosen else None
-    visual.save(f'{folder}.png', visual.tile(np.stack(shown), columns))
+    images = (image for batch, _ in generate(G, fixed_latents(s.seed, s.sample, Z), classes) for image in batch)
+    shown = []
+    for number, image in enumerate(images):
+        visual.save(folder / f'{number:05d}.png', visual.tile(image[None]))
+        shown += [image] * (number < 256)
+    visual.save(f'{folder}.png', visual.tile(np.stack(shown), visual.columns_for(len(chosen)) if chosen else None))
+
     # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
     rows, steps = 6, 10
     points = fixed_latents(s.seed, rows + 1, Z)
     arc = np.linspace(0, np.pi / 2, steps, dtype=np.float32)[:, None]
-    walk = np.concatenate([np.cos(arc) * a + np.sin(arc) * b for a, b in zip(points, points[1:])])
+    latents = np.concatenate([np.cos(arc) * a + np.sin(arc) * b for a, b in zip(points, points[1:])])
     classes = np.repeat(np.resize(chosen, rows), steps) if chosen else None
-    walk = np.concatenate([images for images, _ in generate(modG, walk, classes)])
-    walk_path = folder.with_name(folder.name.replace('sample', 'walk') + '.png')
-    visual.save(walk_path, visual.tile(walk, steps))
-    print(f'{s.sample} images of {path}: {folder}.png, one by one in {folder}/; {walk_path}')
+    images = np.concatenate([batch for batch, _ in generate(G, latents, classes)])
+    walk = folder.with_name(folder.name.replace('sample', 'walk') + '.png')
+    visual.save(walk, visual.tile(images, steps))
+    say(f'{s.sample} images of {path}: {folder}.png, one by one in {folder}/; {walk}')
 
 
 # ---------------------------------------------------------------- several machines
 
 def join(s):
-    """MXNet's key-value store: of this process alone, or with `dist_sync` of all that the DMLC_ variables name.
+    """MXNet's key-value store, of a cluster's processes or of this one alone. Scheduler and server end in here.
 
-    A scheduler and a server end in here. Raises ValueError for a wrong variable, with which MXNet would wait for ever.
+    Synchronous training gives all workers the same weights, so the first one decides: it prints, judges, saves and
+    stops. The launcher then ends the others.
     """
     if s.kvstore != 'dist_sync':
-        if data.ROLE:
-            raise ValueError(f"DMLC_ROLE={data.ROLE}, but kvstore = {s.kvstore!r}: set 'dist_sync', or unset it")
         return mx.kv.create('local')
-    for name, right in (('ROLE', 'worker|server|scheduler'), ('PS_ROOT_URI', '.+'), ('PS_ROOT_PORT', '[0-9]+'),
-                        ('NUM_WORKER', '[0-9]+'), ('NUM_SERVER', '[0-9]+')):
-        value = os.environ.get(f'DMLC_{name}', '')
-        if not re.fullmatch(right, value):
-            raise ValueError(f'DMLC_{name}={value!r}: has to be {right} (README)')
-    os.environ.pop('PORT', None)  # of a container: each process would take it for its own, and so the scheduler's
+    for name in ('DMLC_ROLE', 'DMLC_PS_ROOT_URI', 'DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER'):
+        value = os.environ.get(name, '')
+        number = name.endswith(('PORT', 'WORKER', 'SERVER'))
+        if not (value.isdigit() if number else value):  # MXNet would wait for ever
+            raise ValueError(f"kvstore = 'dist_sync', and in the environment {name}={value!r}; README says what to set")
+    os.environ.pop('PORT', None)  # a container's: each process would take it for its own, and so the scheduler's
     if data.ROLE != 'worker':
-        for signum in Stop.SIGNALS:  # launchers send them to all; the workers decide
+        for signum in stop.signals:  # launchers send them to all
             signal.signal(signum, signal.SIG_IGN)
         mx.kv.KVStoreServer(mx.kv.create('dist_sync')).run()  # until the workers are done
         sys.exit(0)
     gpus = sum(ctx.device_type == 'gpu' for ctx in s.ctx)
     kv = mx.kv.create('dist_device_sync' if gpus > 1 else 'dist_sync')  # waits here for the other processes
-    atexit.register(os._exit, 1)  # after an error, where MXNet's own end would wait for the other workers
-    kv.init('number', mx.nd.zeros(1))
+    # After an error or a stop MXNet's own end would wait for the other workers, so the process ends before it. (This
+    # keeps `kv`, whose own end would wait, too; after `leave` it has no handle.)
+    atexit.register(lambda: kv.handle and os._exit(1))
     return kv
 
 
-def total(kv, number):
-    """The sum of a number over the workers, known to all. It waits for the network, not for a device."""
-    if kv.num_workers == 1:
-        return number
-    found = mx.nd.zeros(1)
-    kv.pushpull('number', mx.nd.array([number]), out=found)
-    return int(found.asscalar())
-
-
-def check_same(kv, *what):
-    """Raise ValueError where this is not the same in all workers: their weights would not be, either."""
-    mark = zlib.crc32(repr(what).encode()) % 2 ** 16  # the network has float32
-    if total(kv, mark) != mark * kv.num_workers:
-        raise ValueError('the workers have different settings, data or states: all need the same dcgan.py and out')
+def leave(kv):
+    """The end of a run in a cluster that nobody stopped; if it is left to Python's own end MXNet aborts."""
+    kv._barrier()  # the first worker may still be counting digits, or saving
+    mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
+    kv.handle = mx.base.KVStoreHandle()
 
 
 # ---------------------------------------------------------------- main
 
-def run_training(s, stop, stack):
-    """Train; the settings are checked, and errors are exceptions. What is to be closed at the end goes to `stack`."""
+def run_training(s, stack):
+    """Train. Errors are exceptions. What is to be undone at the end goes to `stack`."""
     kv = join(s)
     data.check_devices(s)
-    if kv.rank:  # the first worker prints, shows and saves
+    stop.begin(obeys=kv.rank == 0)
+    if kv.rank:  # further workers say and write nothing
         stack.enter_context(contextlib.redirect_stdout(None))
-    folder = about = arrays = None
-    try:
-        if s.resume:
-            start = start_path(s)
-            if start.is_dir() and not kv.rank:
-                folder = start
-                lock(folder, stack)
-            about, arrays = find_state(start, rename=bool(folder))
-    except (ValueError, OSError):
-        check_same(kv, 'no state')  # the other workers wait at their next one
-        raise
-    print('settings:', *(f'{name}={value!r}' for name, value in vars(s).items()))
-    print(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
+        s.check_point = False
+    say('settings: ' + ' '.join(f'{name}={value!r}' for name, value in vars(s).items()))
+    say(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
+    folder, saved, arrays = read_start(s)
+    check_writable(folder or s.out)
+
     s.dataset, train_iter, labelled = data.load_data(s, kv.rank, kv.num_workers)
-    check_same(kv, [vars(s)[name] for name in [*SAME_NETWORKS, *SAME_RUN, 'epochs']], train_iter.checksum,
-               about and [about[name] for name in ('epoch', 'iteration', 'num_update')])
     rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], train_iter.classes if s.conditional else None)
     modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data,
                            kv if s.kvstore == 'dist_sync' else s.kvstore, train_iter.class_names)
-    mean = MeanG(s, modules[0])
-    if about:
-        restore(s, kv.num_workers, train_iter.checksum, modules, mean, about, arrays)
-        if about['epoch'] >= s.epochs and not start.is_dir():
-            raise ValueError(f'epochs = {s.epochs}: {about["epoch"]} are done in {about["path"]}; set more')
-    coverage = data.Coverage(*labelled) if s.coverage and labelled and not kv.rank else None
-    if not folder and not kv.rank:
-        folder = new_folder(pathlib.Path(s.out, f'{s.dataset}_{time.strftime("%Y_%m_%d-%H_%M")}'))
-        lock(folder, stack)
-    run = Run(s, folder, train_iter, kv, stop, about)
+    coverage = data.Coverage(*labelled) if s.coverage and labelled and kv.rank == 0 else None
+    run = Run(kv.rank, kv.num_workers, math.ceil(train_iter.num_data / s.batch_size), train_iter.class_names,
+              train_iter.checksum, folder)
+    if saved:
+        restore(run, modules, saved, arrays)
+    if threading.current_thread() is threading.main_thread():
+        for signum in stop.signals:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                stack.callback(signal.signal, signum, signal.signal(signum, stop.ask))
+    if kv.rank:
+        run.folder = None
+    elif not run.folder:
+        run.folder = new_folder(pathlib.Path(s.out, f'{s.dataset}_{time.strftime("%Y_%m_%d-%H_%M")}'))
+    write_log(run, 'w', run.rows)
     for title, mod in zip('GD', modules):
-        print_network(s, title, mod, folder)
-    print(f'data: {s.dataset}, {run.num_batches} iterations an epoch; run: {folder}')
-    if coverage and coverage.floor:
-        print(f'FD: the Fréchet distance from real images; other real ones have {coverage.floor:.2f}')
-    print('metric: facc, fentropy of G, of D; then images/s, and the time left')
-    for signum in Stop.SIGNALS:
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-            stack.callback(signal.signal, signum, signal.signal(signum, stop.ask))
-    if about and not run.iteration:  # a killed run may not have come to this
-        save(s, run, modules, mean, network_arrays(modules, mean))
-        finish_epoch(s, run, modules[0], mean, coverage)
-    train_loop(s, modules, mean, train_iter, rand_iter, run, coverage)
-    end = f'stopped in epoch {run.epoch} after iteration {run.iteration}' if run.stopping else 'done'
-    how = "to go on: resume = 'latest'; images: resume = 'latest', sample = 64" if run.saved else 'nothing was saved'
-    print(f'{end}: everything is in {folder}/; {how}')
-    if s.kvstore == 'dist_sync':  # MXNet aborts where it is left to Python's own end
-        kv._barrier()  # the first worker may still be counting digits, or saving
-        mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
-        kv.handle = mx.base.KVStoreHandle()
-        atexit.unregister(os._exit)
-    if stop.signum or run.stopping:
-        sys.exit(128 + (stop.signum or signal.SIGTERM))
+        print_network(s, run, title, mod)
+    say(f'data: {s.dataset}, {run.num_batches} iterations an epoch; run: {run.folder}')
+    say('metric: facc, fentropy of G, of D; then images/s, and the time left')
+
+    train_loop(s, run, modules, train_iter, rand_iter, coverage)
+    say(last_line(s, run))
+    if s.kvstore == 'dist_sync' and not stop.asked():
+        leave(kv)
+
+
+def check_writable(folder):
+    """Raise OSError if nothing can be written to a folder, which is made if it is missing."""
+    os.makedirs(folder, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def print_network(s, run, title, mod):
+    """Print how many parameters a network has; with `plot`, draw it."""
+    say(f'{title}: {sum(copies[0].size for copies in mod._exec_group.param_arrays):,} parameters')
+    if s.plot and run.folder and shutil.which('dot'):
+        shapes = dict(mod.data_shapes + (mod.label_shapes or []))
+        drawing = mx.viz.plot_network(mod.symbol, shape=shapes, save_format='png')
+        drawing.render(f'{run.folder}/net_{title}', cleanup=True)
 
 
 def train(settings):
     """Train as the settings say; with `sample`, make images instead.
 
-    Raises SystemExit: with one line that says what is wrong and what to do; with 2, for what makes no sense; or with
-    128 and the number of the signal that ended it: 130 (Ctrl-C), 143 (SIGTERM), 141 (a pipe that nobody reads), ...
+    Raises SystemExit: with one line that says what is wrong, or with 128 and the number of the signal that ended it:
+    130 (Ctrl-C), 143 (SIGTERM), 141 (a pipe that nobody reads), ... In another thread than the main one, which
+    SystemExit would end without a word, it raises RuntimeError.
     """
-    s = dataclasses.replace(settings)
-    for name in ('out', 'mnist_path', 'imgnet_path', 'resume'):
-        if isinstance(getattr(s, name), (str, os.PathLike)):
-            setattr(s, name, os.path.expanduser(getattr(s, name)))
-    s.ctx = tuple(s.ctx) if isinstance(s.ctx, (list, tuple)) else (s.ctx,)
-    stop = Stop(sys.stdout or io.StringIO())
+    stop.begin()
     try:
-        with contextlib.closing(visual), contextlib.redirect_stdout(stop), contextlib.ExitStack() as stack:
-            check(s)
+        s = plain(settings)
+        check(s)
+        with contextlib.closing(visual), contextlib.ExitStack() as stack:
             if s.sample:
                 make_samples(s)
             else:
-                run_training(s, stop, stack)
-    except (ValueError, OSError, mx.MXNetError) as error:
-        sys.exit(f'dcgan.py: {data.last_line(error)}')
-    except KeyboardInterrupt:  # before the loop and while samples are made; in the loop `Stop` takes it
-        sys.exit(130)
+                run_training(s, stack)
+        end = 128 + stop.signum if stop.asked() else 0
+    except KeyboardInterrupt:  # before the loop, and while samples are made
+        end = 130
+    except (ValueError, OSError, MemoryError, mx.MXNetError) as error:
+        end = f'dcgan.py: {data.last_line(error)}'
+    if end and threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(end)
+    if end:
+        sys.exit(end)
 
 
 def main():
     """What `python dcgan.py` does."""
     if sys.argv[1:]:
-        misuse(f'{sys.argv[1]}: it takes no arguments; edit Settings in dcgan.py')
+        sys.exit('dcgan.py: takes no arguments; edit Settings in dcgan.py')
     status = 0
     try:
         train(Settings())
     except SystemExit as end:
         status = end.code
     if isinstance(status, str):
-        print(status, file=sys.stderr, flush=True)
+        print(status, file=sys.stderr)
         status = 1
-    if data.GPU_BUILD:  # MXNet's own end may crash
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)  # MXNet's own end may crash on a GPU or without memory, and wait for other workers in a cluster
 
 
 if __name__ == '__main__':

@@ -81,7 +81,7 @@ def program(batch_size, width, iterations, averages=True):
     weights themselves).
     """
     import dcgan
-    step, update, waitall = dcgan.train_step, dcgan.MeanG.update, dcgan.mx.nd.waitall
+    step, update, waitall = dcgan.train_step, dcgan.update_average, dcgan.mx.nd.waitall
     times, updates = [], []
 
     def timed_step(*args):
@@ -99,7 +99,7 @@ def program(batch_size, width, iterations, averages=True):
             updates.append(1000 * (time.perf_counter() - start))
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(dcgan, 'train_step', timed_step), \
-            mock.patch.object(dcgan.MeanG, 'update', timed_update):
+            mock.patch.object(dcgan, 'update_average', timed_update):
         # one iteration more, which begins when the last line is done
         dcgan.train(settings_on_digits(folder, iterations + 1, batch_size=batch_size, ngf=width, ndf=width))
     return (iterations - LINE) / (times[iterations] - times[LINE]), statistics.median(updates or [0])
@@ -114,7 +114,7 @@ def bare():
     pixels = (digits(LINE * BATCH, 8)[:, None] * 15).astype(np.uint8)
     train_iter = data.PixelIter(pixels, np.zeros(len(pixels)), BATCH, NC, s.ctx[0])
     rand_iter = data.RandIter(BATCH, Z, s.ctx[0])
-    modules = dcgan.make_modules(s, train_iter.provide_data, rand_iter.provide_data)
+    modules = dcgan.make_modules(s, train_iter.provide_data, rand_iter.provide_data)[:3]
     labels, steps = [mx.nd.full(BATCH, label) for label in (0, 1, s.pos_label)], []
     for _ in range(WARM_UP + LINES):
         began, queueing = time.perf_counter(), 0
@@ -174,7 +174,7 @@ class Clock:
             return np.zeros((1, 1, 3), np.uint8)
 
         for place, name, function in ((visual, 'tile', small), (visual, 'plot', small),
-                                      (dcgan.MeanG, 'update', lambda *_: None),
+                                      (dcgan, 'update_average', lambda *_: None),
                                       (data.PixelIter, 'next', lambda _: batch),
                                       (data.RandIter, 'next', lambda _: latents)):
             self.skipping.enter_context(mock.patch.object(place, name, function))

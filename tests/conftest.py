@@ -1,18 +1,21 @@
 import csv
 import itertools
+import json
 import os
 import pathlib
 import signal
 import sys
+import tempfile
 
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny networks gain nothing from threads, and processes share the cores
+os.environ['SCIKIT_LEARN_DATA'] = tempfile.mkdtemp()  # what is learnt here is not kept for the user's runs
 
 import dcgan
 
-mx, data = dcgan.mx, dcgan.data
+mx, data, np = dcgan.mx, dcgan.data, dcgan.np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL_MNIST = os.path.join(ROOT, '..', 'shared', 'mnist')
@@ -108,21 +111,26 @@ def train_and_stop(s, steps):
 
 
 def newest(out):
-    """The folder of the newest run in `out`; a run's folder is that itself."""
-    out = str(out)
-    inside = [os.path.join(out, name) for name in os.listdir(out) if not name.startswith('sample')]
-    return max(filter(os.path.isdir, inside), key=os.path.getmtime, default=out)
+    """The folder of the newest run in `out`."""
+    return max(filter(os.path.isdir, pathlib.Path(out).glob('*')), key=os.path.getmtime)
 
 
 def rows(out):
     """The rows of the newest run's log.csv: {column: text}."""
-    with open(os.path.join(newest(out), 'log.csv'), newline='') as file:
+    with open(newest(out) / 'log.csv', newline='') as file:
         return list(csv.DictReader(file))
 
 
+def read_state(folder):
+    """What a run remembers in its state, and {name: array}."""
+    with np.load(os.path.join(folder, 'state.npz')) as file:
+        arrays = dict(file)
+    return json.loads(str(arrays.pop('run'))), arrays
+
+
 def state(out):
-    """{name: bytes} of all arrays of the newest run's newest state."""
-    return {name: array.tobytes() for name, array in dcgan.find_state(newest(out))[1].items()}
+    """{name: bytes} of all arrays of the newest run's state."""
+    return {name: array.tobytes() for name, array in read_state(newest(out))[1].items()}
 
 
 def contents(folder):
