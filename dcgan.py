@@ -896,6 +896,7 @@ def main():
     """What `python dcgan.py` does."""
     if sys.argv[1:]:
         sys.exit('dcgan.py: takes no arguments; edit Settings in dcgan.py')
+    sys.stdout.reconfigure(errors='backslashreplace')  # for names of files that this locale cannot print
     status = 0
     try:
         train(Settings())

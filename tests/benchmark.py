@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import struct
 import subprocess
@@ -219,13 +220,13 @@ def textbook(steps):
     return steps / (times[-1] - times[2])  # two to warm up
 
 
-def pytorch(cores, steps):
-    """Steps/s of the DCGAN of pytorch/examples (dcgan/main.py) with the program's sizes, channels last."""
+def pytorch(cores, steps, memory_format):
+    """Steps/s of the DCGAN of pytorch/examples (dcgan/main.py) with the program's sizes, in a torch.memory_format."""
     import torch
     from torch import nn
     torch.set_num_threads(cores)
     torch.manual_seed(1)
-    memory_format = torch.channels_last
+    memory_format = getattr(torch, memory_format)
     up = [nn.ConvTranspose2d(Z, WIDTH * 8, 4, 1, 0, bias=False)]
     down = [nn.Conv2d(NC, WIDTH, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
     for k in (1, 2, 4):
@@ -293,18 +294,22 @@ def measure(function, *args, **env):
 # ---------------------------------------------------------------- the tables
 
 def machine(cores):
-    """One line: processor, cores used, vector width, versions."""
+    """One line: processor, cores used, oneDNN's instruction set, versions."""
     info = {}
     with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
         info = dict(map(str.strip, line.split(':', 1)) for line in file if ':' in line)
-    flags = info.get('flags', '').split()
-    bits = next((bits for flag, bits in (('avx512f', 512), ('avx2', 256), ('sse2', 128)) if flag in flags), '?')
+    code = 'import data; data.mx.nd.Convolution(*map(data.mx.nd.ones, [(1, 1, 8, 8), (1, 1, 3, 3)]), no_bias=True, ' \
+           'num_filter=1, kernel=(3, 3)).asnumpy()'
+    verbose = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'DNNL_VERBOSE': '1'}, cwd=sys.path[0],
+                             capture_output=True, text=True).stdout
+    isa = re.search('cpu,isa:(.*)', verbose)
     versions = []
     for name in ('mxnet', 'torch', 'numpy'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f'{name} {importlib.metadata.version(name)}')
     return (f'{info.get("model name") or platform.processor() or platform.machine()}, {cores} physical cores used, '
-            f'vectors of {bits} bits; Python {platform.python_version()}, {", ".join(versions)}')
+            f'oneDNN uses {isa[1] if isa else "no ISA that it tells"}; Python {platform.python_version()}, '
+            f'{", ".join(versions)}')
 
 
 def table(header, rows):
@@ -325,10 +330,11 @@ def compare(cores):
         '(a) without the averages': (('program', BATCH, WIDTH, ITERATIONS, False), {}),
         "(b) textbook loop, MXNet's own number of threads": (('textbook', TEXTBOOK_STEPS[0]), mxnets_own),
         '(c) textbook loop, all physical cores': (('textbook', TEXTBOOK_STEPS[1]), all_cores),
-        '(d) PyTorch, channels last': (('pytorch', cores, TORCH_STEPS), {})}
+        '(d) PyTorch': (('pytorch', cores, TORCH_STEPS, 'contiguous_format'), {}),
+        '(e) PyTorch, channels last': (('pytorch', cores, TORCH_STEPS, 'channels_last'), {})}
     if not importlib.util.find_spec('torch'):
-        print('PyTorch is not installed: (d) is left out.\n')
-        del candidates['(d) PyTorch, channels last']
+        print('PyTorch is not installed: it is left out.\n')
+        candidates = {name: call for name, call in candidates.items() if 'PyTorch' not in name}
     rates, updates = {name: [] for name in candidates}, []
     for _ in range(REPETITIONS):
         for name, (args, env) in candidates.items():
