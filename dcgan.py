@@ -566,8 +566,9 @@ def find_run(s):
 
     def saved_at(path):  # not the file's own time, which a copy changes
         try:
-            return read_state(path.parent)[0]['saved_at']
-        except ValueError:
+            with np.load(path, allow_pickle=False) as file:
+                return json.loads(str(file['run']))['saved_at']
+        except Exception:  # it is damaged; if it is chosen all the same, `read_state` says so
             return os.path.getmtime(path)
 
     states = sorted(pathlib.Path(s.out).glob('*/state.npz'), key=saved_at)
