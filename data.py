@@ -108,8 +108,6 @@ except KeyboardInterrupt:
 except (ImportError, OSError) as error:
     package = isinstance(error, ModuleNotFoundError) and '.' not in (error.name or '.')
     cure = PACKAGES if package else CURES.get(str(error).split(':')[0])
-    if 'failed to map segment' in str(error):
-        cure = 'too little memory, or a file system that is mounted noexec'
     if not cure:
         raise
     sys.exit(f'dcgan.py: {last_line(error)}: {cure}')
@@ -117,11 +115,9 @@ if ROLE:
     os.environ['DMLC_ROLE'] = ROLE
     host = os.environ.get('DMLC_PS_ROOT_URI', 'localhost')
     try:  # MXNet's parameter server understands an IPv4 address alone
-        os.environ['DMLC_PS_ROOT_URI'] = address = socket.gethostbyname(host)
+        os.environ['DMLC_PS_ROOT_URI'] = socket.gethostbyname(host)
     except (OSError, UnicodeError):
         sys.exit(f'dcgan.py: DMLC_PS_ROOT_URI={host}: this name has no IPv4 address here; set the address itself')
-    if address.startswith('127.') and host not in (address, 'localhost'):  # as Debian has its own name
-        print(f'WARNING: {host} is {address} here: set the address that others reach', file=sys.stderr)
 
 
 def default_ctx():
@@ -166,9 +162,6 @@ def check_devices(s):
 
 
 # ---------------------------------------------------------------- MNIST and digits
-
-IDX_TYPES = {9: 'int8', 11: 'int16', 12: 'int32', 13: 'float32', 14: 'float64'}
-
 
 def get_mnist(path='', labels=False):
     """MNIST in the one order that every run uses: all images, training then test, permuted by RandomState(1234).
@@ -263,8 +256,6 @@ def _read_idx(prefix, parts, what, ndim):
         raise FileNotFoundError(f'{paths[0]}[.gz]: no such file; mnist_path must name a folder with all four')
     content, begin = _read_file(path), 4 * (1 + ndim)
     magic, *shape = struct.unpack(f'>{1 + ndim}I', content[:begin].ljust(begin, b'\0'))
-    if magic >> 8 in IDX_TYPES:
-        raise ValueError(f'{path}: an IDX file of {IDX_TYPES[magic >> 8]}; only uint8 is read')
     if magic != 0x800 + ndim or 0 in shape or len(content) != begin + math.prod(shape):
         raise ValueError(f'{path}: wrong or damaged file (no IDX file of {what}, empty, cut short, or with bytes left '
                          f'over: its header says {magic:#x} {shape}, and {0x800 + ndim:#x} is right); fetch it again')

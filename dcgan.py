@@ -523,16 +523,13 @@ def arrays_of(modules):
 def save(s, run, modules, epoch):
     """Save the state, which replaces the old one when it is whole, and the networks under an epoch's number.
 
-    What cannot be written is said, and does not end the run. Raises ValueError for numbers that are not finite.
+    What cannot be written is said, and does not end the run.
     """
+    if not s.check_point:
+        return
     modG, modD, _, averaged_G = modules
     mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
     arrays = {name: copies[0].asnumpy() for name, copies in arrays_of(modules).items()}  # of the first device
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise ValueError(f'{name} is not finite after epoch {epoch}; set a smaller lr')
-    if not s.check_point:
-        return
     run.adam_count, run.saved_at, run.unsaved = modG._optimizer.num_update, time.time(), ''
     about = dict(vars(run), settings=vars(s), versions=[mx.__version__, np.__version__, sys.version])
     target = run.folder / 'state.npz'
@@ -609,7 +606,9 @@ def read_state(folder):
 def instead(folder):
     """What to do if a run cannot be resumed."""
     path = find_params(folder)
-    return f"; to begin a new run with the newest epoch's networks: resume = '{path}'" if path else ''
+    if path:
+        return f"; to begin a new run with the newest epoch's networks: resume = '{path}'"
+    return "; set resume to 'latest', a run's folder or an epoch's .params"
 
 
 def read_epoch(path):
@@ -650,14 +649,10 @@ def read_start(s):
     if not s.resume:
         return None, None, None
     path = find_run(s)
-    if path.suffix == '.params':
-        folder, (saved, arrays) = None, read_epoch(path)
-        if saved['epoch'] >= s.epochs:
-            raise ValueError(f'epochs = {s.epochs}: {path} has as many; set more')
-    elif path.is_dir():
-        folder, (saved, arrays) = path, read_state(path)
-    else:
-        raise ValueError(f"resume = {s.resume!r}: there is no such run; set 'latest', a run's folder or .params in it")
+    folder = None if path.suffix == '.params' else path
+    saved, arrays = read_state(folder) if folder else read_epoch(path)
+    if not folder and saved['epoch'] >= s.epochs:
+        raise ValueError(f'epochs = {s.epochs}: {path} has as many; set more')
     for name in ('ngf', 'ndf', 'nc', 'Z', 'd1_bias', 'conditional'):
         if saved['settings'][name] != getattr(s, name):
             raise ValueError(f'{path}: trained with {name} = {saved["settings"][name]}, now it is {getattr(s, name)}')
@@ -690,13 +685,12 @@ def restore(run, modules, saved, arrays):
 
 
 def new_folder(path):
-    """Make a folder of that name, or with a number after it if a folder, or a picture, has the name."""
+    """Make a folder of that name, or with a number after it if there is one of that name."""
     for number in itertools.count(1):
         folder = path.with_name(f'{path.name}_{number}' if number > 1 else path.name)
         with contextlib.suppress(FileExistsError):
-            if not folder.with_name(f'{folder.name}.png').exists():
-                folder.mkdir(parents=True)
-                return folder
+            folder.mkdir(parents=True)
+            return folder
 
 
 # ---------------------------------------------------------------- sampling
@@ -820,7 +814,8 @@ def run_training(s, stack):
     say('settings: ' + ' '.join(f'{name}={value!r}' for name, value in vars(s).items()))
     say(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
     folder, saved, arrays = read_start(s)
-    check_writable(folder or s.out)
+    os.makedirs(folder or s.out, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder or s.out).close()  # raises OSError now, not at the first picture
 
     s.dataset, train_iter, labelled = data.load_data(s, kv.rank, kv.num_workers)
     rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], train_iter.classes if s.conditional else None)
@@ -851,12 +846,6 @@ def run_training(s, stack):
         leave(kv)
 
 
-def check_writable(folder):
-    """Raise OSError if nothing can be written to a folder, which is made if it is missing."""
-    os.makedirs(folder, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-
-
 def print_network(s, run, title, mod):
     """Print how many parameters a network has; with `plot`, draw it."""
     say(f'{title}: {sum(copies[0].size for copies in mod._exec_group.param_arrays):,} parameters')
@@ -885,7 +874,7 @@ def train(settings):
         end = 128 + stop.signum if stop.asked() else 0
     except KeyboardInterrupt:  # before the loop, and while samples are made
         end = 130
-    except (ValueError, OSError, MemoryError, mx.MXNetError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # MXNet raises RuntimeErrors
         end = f'dcgan.py: {data.last_line(error)}'
     if end and threading.current_thread() is not threading.main_thread():
         raise RuntimeError(end)
