@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import data
 
@@ -32,8 +32,8 @@ def plain(colour, size=(90, 120)):
     return np.full(size + (3,), colour[::-1], np.uint8)
 
 
-def encoded(image, ending='.jpg', *options):
-    return cv2.imencode(ending, image, list(options))[1].tobytes()
+def encoded(image, ending='.jpg'):
+    return cv2.imencode(ending, image)[1].tobytes()
 
 
 def load(path, rank=0, workers=1, **changes):
@@ -93,13 +93,6 @@ def write_rec(path, packs):
 SMALL = pack(encoded(plain(COLOURS[0])))
 
 
-def start(folder):
-    """A process of its own that loads a folder."""
-    code = f'import sys; sys.path.insert(0, "tests"); import test_pictures; test_pictures.load({str(folder)!r})'
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, '-c', code], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-
-
 # ---------------------------------------------------------------- packing a folder
 
 def test_a_folder_is_packed_once_and_again_when_it_has_changed(photos, capsys):
@@ -108,18 +101,17 @@ def test_a_folder_is_packed_once_and_again_when_it_has_changed(photos, capsys):
     assert '14 pictures packed' in capsys.readouterr().out
     names = [f'/deeper/{i}.jpg' if i % 2 else f'/{i}.jpg' for i in range(14)]
     assert colours(epoch(batches)[0]) == sorted(range(14), key=lambda i: hashlib.sha256(names[i].encode()).digest())
-    for ending in '.rec', '-01234567.rec', 'x-dcgan-01234567.rec', '-dcgan-0123456g.rec':  # somebody else's
-        (photos.parent / f'photos{ending}').touch()
-    others = set(photos.parent.glob('*')) - {path}
+    somebody_elses = photos.parent / 'photos-dcgan-0123456g.rec'
+    somebody_elses.touch()
     assert load(photos).checksum == batches.checksum and not capsys.readouterr().out
     for change, num_data in ((lambda: write_folder(photos, {'new.jpg': NOISE}), 15),
-                             (lambda: (photos / 'new.jpg').unlink(), 14),
-                             (lambda: os.utime(photos / '0.jpg', (1, 1)), 14),
-                             (lambda: (photos / '0.jpg').rename(photos / 'deeper' / '0.jpg'), 14)):
+                             (lambda: os.utime(photos / '0.jpg', (1, 1)), 15),
+                             (lambda: (photos / '0.jpg').rename(photos / 'deeper' / '0.jpg'), 15)):
         change()
         assert load(photos).num_data == num_data
-        before, (path,) = path, set(photos.parent.glob('*')) - others  # the old one is removed
+        before, (path,) = path, set(packed(photos)) - {somebody_elses}  # the old one is removed
         assert path != before
+    assert somebody_elses.exists()
 
 
 def test_what_is_packed(photos):
@@ -136,19 +128,20 @@ def test_what_is_packed(photos):
     assert load(photos, out=f'{photos}/out').num_data == 15
 
 
-@cases('end, early', {'SIGKILL': (signal.SIGKILL, False), 'Ctrl-C': (signal.SIGINT, False),
-                        'Ctrl-C early': (signal.SIGINT, True)})
-def test_killed_while_packing(photos, end, early):
+@pytest.mark.parametrize('end', [signal.SIGKILL, signal.SIGINT])
+def test_killed_while_packing(photos, end):
     """To pack them all would take minutes: they must not all be decoded before the end."""
     (photos.parent / 'large.jpg').write_bytes(encoded(NOISE.repeat(30, 0).repeat(30, 1)))
-    links = [photos / f'link {i}.jpg' for i in range(20_000)]
+    links = [photos / f'link {i}.jpg' for i in range(5000)]
     for link in links:
         link.symlink_to('../large.jpg')
-    process = start(photos)
+    code = f'import sys; sys.path.insert(0, "tests"); import test_pictures; test_pictures.load({str(photos)!r})'
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               cwd=ROOT)
     try:
-        assert 'packing 20014 files' in process.stdout.readline()
+        assert 'packing 5014 files' in process.stdout.readline()
         time.sleep(0.3)
-        while not early and not any(path.stat().st_size for path in packed(photos)):
+        while end == signal.SIGKILL and not any(path.stat().st_size for path in packed(photos)):
             time.sleep(0.01)
         process.send_signal(end)
         assert 'pictures packed' not in process.communicate(timeout=60)[0]
@@ -161,42 +154,33 @@ def test_killed_while_packing(photos, end, early):
 
 
 def test_three_starts_at_once(photos):
-    for i in range(600):
+    for i in range(300):
         (photos / f'link {i}.jpg').symlink_to('0.jpg')
-    starts = [start(photos) for _ in range(3)]
-    for process in starts:
-        assert process.communicate()[1] == '' and process.returncode == 0
-    assert load(photos).num_data == 614 and [path.suffix for path in packed(photos)] == ['.rec']
+    with ThreadPoolExecutor(3) as pool:
+        assert [batches.num_data for batches in pool.map(load, [photos] * 3)] == [314] * 3
+    assert load(photos).num_data == 314 and [path.suffix for path in packed(photos)] == ['.rec']
 
 
-@pytest.fixture
-def mine():
-    """A folder of a user who is not root, as whom the test runs: root may read everything."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = os.geteuid() == 0
-        if root:
-            os.chmod(folder, 0o777)
-            os.setresuid(65534, 65534, 0)
-        os.mkdir(f'{folder}/mine')
-        yield pathlib.Path(folder, 'mine')
-        if root:
-            os.setresuid(0, 0, 0)
-
-
-def test_what_may_not_be_read_or_written(mine, capsys):
-    photos = write_folder(mine / 'photos', dict.fromkeys(['a.jpg', 'b.jpg', 'c.jpg', 'closed/d.jpg'], NOISE))
-    (mine / 'out').mkdir()
-    for path, mode in (mine, 0o500), (photos / 'c.jpg', 0), (photos / 'closed', 0):
-        path.chmod(mode)
-    assert load(photos).num_data == 2 and packed(photos)[0].parent.name == 'out'
-    line, = (line for line in capsys.readouterr().out.splitlines() if 'Permission denied' in line)
-    assert 'c.jpg' in line and 'closed' in line
-    (photos / 'c.jpg').chmod(0o600)
-    assert load(photos).num_data == 3
-    photos.chmod(0)
-    refused(lambda: load(photos), 'Permission denied', photos)
-    mine.chmod(0)
-    refused(lambda: load(photos), 'Permission denied', photos)
+def test_what_may_not_be_read_or_written(capsys):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is root's alone
+        user = os.geteuid()
+        mine = pathlib.Path(folder, 'mine')
+        os.chmod(folder, 0o777)
+        os.setresuid(user or 65534, user or 65534, user)  # root may read all
+        try:
+            photos = write_folder(mine / 'photos', dict.fromkeys(['a.jpg', 'b.jpg', 'c.jpg', 'closed/d.jpg'], NOISE))
+            (mine / 'out').mkdir()
+            for path, mode in (mine, 0o500), (photos / 'c.jpg', 0), (photos / 'closed', 0):
+                path.chmod(mode)
+            assert load(photos).num_data == 2 and packed(photos)[0].parent.name == 'out'
+            line, = (line for line in capsys.readouterr().out.splitlines() if 'Permission denied' in line)
+            assert 'c.jpg' in line and 'closed' in line
+            (photos / 'c.jpg').chmod(0o600)
+            assert load(photos).num_data == 3
+            photos.chmod(0)
+            refused(lambda: load(photos), 'Permission denied', photos)
+        finally:
+            os.setresuid(user, user, user)
 
 
 def test_a_disk_that_is_full(photos):
@@ -210,7 +194,7 @@ def test_a_disk_that_is_full(photos):
     assert not packed(photos)
 
 
-@pytest.mark.parametrize('name', ['my photos', 'été', 'a#1', 'a;b', 'a?b', '[a]*', 'a.rec', "it's", 'a\nb', 'a\udcff'])
+@pytest.mark.parametrize('name', ["it's été", '[a]*?', 'a\nb', 'a\udcff'])
 def test_any_name(tmp_path, name):
     """Of folders, files and classes, and of a .rec from elsewhere."""
     folder = write_folder(tmp_path / name, {f'{name} {i}.jpg': plain(COLOURS[i]) for i in range(4)})
@@ -239,16 +223,11 @@ OVER_WHITE = 255 - (255 - PICTURE) * (OPACITY / 255)
 
 @cases('content, expected', {
     'JPEG': (encoded(PICTURE), PICTURE),
-    'progressive JPEG': (encoded(PICTURE, '.jpg', cv2.IMWRITE_JPEG_PROGRESSIVE, 1), PICTURE),
-    'JPEG with more behind it': (encoded(PICTURE) + bytes(999), PICTURE),
-    **{ending: (encoded(PICTURE, ending), PICTURE) for ending in ('.png', '.webp', '.tif', '.bmp')},
-    'grey JPEG': (encoded(GREY), GREY.repeat(3, 2)),
-    'PNG of 16 bits': (encoded(PICTURE.astype(np.uint16) * 257, '.png'), PICTURE),
+    'grey JPEG with more behind it': (encoded(GREY) + bytes(999), GREY.repeat(3, 2)),
+    'WebP': (encoded(PICTURE, '.webp'), PICTURE),
     'grey TIFF of 16 bits': (encoded(GREY.astype(np.uint16) * 257, '.tif'), GREY.repeat(3, 2)),
     'turned JPEG': (exif(encoded(PICTURE), 6), np.rot90(PICTURE, 3)),
-    'mirrored JPEG': (exif(encoded(PICTURE), 2), PICTURE[:, ::-1]),
-    'clear PNG': (encoded(CLEAR, '.png'), OVER_WHITE), 'clear TIFF': (encoded(CLEAR, '.tif'), OVER_WHITE),
-    'clear WebP': (encoded(CLEAR, '.webp', cv2.IMWRITE_WEBP_QUALITY, 101), OVER_WHITE),
+    'clear PNG': (encoded(CLEAR, '.png'), OVER_WHITE),
     'clear PNG of 16 bits': (encoded(CLEAR.astype(np.uint16) << 8 | 99, '.png'), OVER_WHITE)})
 def test_kinds_of_pictures(tmp_path, content, expected):
     """In a folder, where names do not matter, and in a .rec from elsewhere."""
@@ -262,22 +241,16 @@ def test_kinds_of_pictures(tmp_path, content, expected):
             assert abs(image - (square[:, :, ::-1].transpose(2, 0, 1) / 127.5 - 1)).mean() < 0.04
 
 
-HEADER = struct.pack('>4sIIBBBBB', b'IHDR', 12000, 12000, 8, 2, 0, 0, 0)  # 144 million pixels
 PNG = encoded(NOISE, '.png')
-KINDS = {
-    'empty': (b'', 'empty'), 'one byte': (b'\xff', 'damaged'), 'zeros': (bytes(5000), 'damaged'),
-    'text': (b'These are my holiday photos.\n' * 99, 'no picture'), 'start of a JPEG': (b'\xff\xd8\xff\xe0', 'damaged'),
-    **{f'cut {ending}': (encoded(NOISE, ending)[:-9000], 'damaged') for ending in ('.png', '.webp', '.bmp', '.tif')},
-    'wrong checksum': (PNG[:5000] + b'wrong' + PNG[5005:], 'damaged'),
-    'bomb': (PNG[:12] + HEADER + struct.pack('>I', zlib.crc32(HEADER)) + PNG[33:], 'too many pixels'),
+
+
+@cases('content, words', {
+    'empty': (b'', 'empty'), 'text': (b'These are my holiday photos.\n' * 99, 'no picture'),
+    'cut PNG': (PNG[:-9000], 'damaged'), 'wrong checksum': (PNG[:5000] + b'wrong' + PNG[5005:], 'damaged'),
     'LFS': (b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n', 'git lfs pull'),
     'web page': (b'<!DOCTYPE html><html>', 'web page'), 'zip': (b'PK\3\4' + bytes(99), 'unpack it'),
-    'tar': (b'photos/'.ljust(257, b'\0') + b'ustar' + bytes(500), 'unpack it'),
     'HEIC': (b'\0\0\0\x18ftypheic' + bytes(99), 'HEIC'),
-    'float TIFF': (encoded(NOISE.astype(np.float32), '.tif'), 'float32')}
-
-
-@cases('content, words', KINDS)
+    'float TIFF': (encoded(NOISE.astype(np.float32), '.tif'), 'float32')})
 def test_what_is_no_picture(tmp_path, capfd, content, words):
     """In a folder, in a .rec and instead of it."""
     folder = write_folder(tmp_path / 'photos', {'a.jpg': content, 'b': NOISE, 'c': NOISE})
@@ -313,41 +286,37 @@ def test_each_line_names_ten_files(tmp_path, capsys):
     assert 'not there' in link and '/link' in link
 
 
-def test_extreme_sizes(tmp_path):
-    """A checkerboard of single pixels becomes grey, not black or white or stripes: it is shrunk by averaging."""
-    for shape in (1, 1), (1, 3000), (3000, 1), (70000, 2), (1111, 1400):  # no JPEG is as long as 70,000
-        board = encoded((np.indices(shape).sum(axis=0) % 2 * 255).astype(np.uint8), '.png')
-        folder = write_folder(tmp_path / f'{shape}', {'a': board, 'b': board})
-        for source in folder, write_rec(tmp_path / f'{shape}.rec', [pack(board)] * 2):
-            assert abs(epoch(load(source))[0]).max() < (0.1 if min(shape) > 2 else 2)
-
-
 # ---------------------------------------------------------------- batches
 
-def test_batches_of_classes_and_workers(tmp_path, capsys):
+def test_gray_pictures(photos):
+    images, = epoch(load(photos, nc=1))
+    expected = sorted(COLOURS @ [0.299, 0.587, 0.114])
+    assert np.allclose(sorted(images.mean(axis=(1, 2, 3)) * 127.5 + 127.5), expected, atol=3)
+
+
+def test_an_epoch_is_filled_up_from_its_start(photos):
+    batches = load(photos, batch_size=4, ctx=(mx.cpu(1),))
+    images = [next(batches).data[0] for _ in range(8)]
+    assert all(batch.context == mx.cpu(1) and batch.dtype == np.float32 for batch in images)
+    found = colours(np.concatenate([batch.asnumpy() for batch in images]))
+    assert sorted(found[:14]) == list(range(14)) and found == (found[:14] + found[:2]) * 2
+
+
+def test_classes_and_workers(tmp_path, capsys):
+    """A class is a sub-folder with all that is below it; each worker has a share, and knows the classes of all."""
     pictures = {f'{["cat", "dog", "emu"][i % 3]}/{"x/" * (i % 2)}{i}.jpg': plain(COLOURS[i]) for i in range(14)}
     folder = write_folder(tmp_path / 'photos', {**pictures, 'bear/letter.txt': b'no bear', 'README.txt': b'classes'})
     refused(lambda: load(folder, 0, 2), folder, 'once on one machine')
-    whole = load(folder, batch_size=4, ctx=(mx.cpu(1),))
-    images = [next(whole).data[0] for _ in range(8)]
-    assert all(batch.context == mx.cpu(1) and batch.dtype == np.float32 for batch in images)
-    found = colours(np.concatenate([batch.asnumpy() for batch in images]))
-    assert sorted(found[:14]) == list(range(14)) and found == (found[:14] + found[:2]) * 2  # the last batch filled up
-    assert whole.class_names == [] and whole.classes is None
+    found = colours(epoch(load(folder))[0])
     capsys.readouterr()
     for rank in range(4):
         batches = load(folder, rank, 4, conditional=True, batch_size=3)
         assert 'classes: 0 cat, 1 dog, 2 emu\n' in capsys.readouterr().out
-        assert batches.class_names == ['0', '1', '2'] and batches.checksum == whole.checksum
-        told = [(told.name, told.shape, told.dtype) for told in batches.provide_data]
-        assert told == [('data', (3, 3, 64, 64), np.float32), ('digit', (3,), np.float32)]
+        assert batches.class_names == ['0', '1', '2']
+        assert batches.classes.tolist() == [i % 3 for i in found]
         images, classes = epoch(batches)
         assert colours(images) == found[3 * rank:][:3] and classes.tolist() == [i % 3 for i in colours(images)]
-        assert batches.classes.tolist() == [i % 3 for i in found[:14]]
     refused(lambda: load(folder, 0, 4, batch_size=4), 'the batch of 4', '3 pictures a worker')
-    images, = epoch(load(folder, nc=1))
-    expected = sorted(COLOURS @ [0.299, 0.587, 0.114])
-    assert np.allclose(sorted(images.mean(axis=(1, 2, 3)) * 127.5 + 127.5), expected, atol=3)
     write_folder(folder, {'stray.jpg': NOISE})
     refused(lambda: load(folder, conditional=True), folder, 'sub-folder')
 
@@ -363,44 +332,44 @@ def test_crops(tmp_path):
     assert 8 <= (rows[:, -1] > rows[:, 0]).sum() <= 32
     width = abs(rows[:, -1] - rows[:, 0]) / 2 * 300 / 200  # of the crop, as a share of the shorter side
     assert 0.70 < width.min() < 0.80 and 0.93 < width.max() < 1.02
-    batches = load(path, batch_size=40, augment=False)
-    images = np.concatenate([epoch(batches)[0], epoch(batches)[0]])
+    images, = epoch(load(path, batch_size=40, augment=False))
     assert (images == images[0]).all()
     assert abs(images[0, 0, 32, [0, -1]] - [-2 / 3, 2 / 3]).max() < 0.02
     assert images[0, 0, 0].max() == -1 and images[0, 0, -1].min() == 1
 
+
+def test_crops_follow_from_seed_epoch_worker_and_iteration(tmp_path):
+    path = write_rec(tmp_path / 'a.rec', [pack(encoded(NOISE))] * 40)
     batches = load(path, batch_size=10)
     drawn = [next(batches).data[0].asnumpy() for _ in range(8)]
     for epoch_number, iteration in (1, 2), (0, 3), (0, 1), (1, 0):  # the same, whatever was drawn before
         batches.begin_epoch(epoch_number, iteration)
         assert np.array_equal(next(batches).data[0].asnumpy(), drawn[4 * epoch_number + iteration])
-    batches.begin_epoch(0, 2)
-    batches.reset()  # to the next epoch
-    assert np.array_equal(next(batches).data[0].asnumpy(), drawn[4])
-    others = [next(load(path, batch_size=10, **changes)).data[0].asnumpy() for changes in ({'seed': 9}, {'workers': 2})]
-    others.append(next(load(path, 1, 2, batch_size=10)).data[0].asnumpy())
-    assert np.array_equal(others.pop(1), drawn[0]) and len({batch.tobytes() for batch in drawn + others}) == 10
+    first = next(load(path, 0, 2, batch_size=10)).data[0].asnumpy()
+    assert np.array_equal(first, drawn[0])
+    for others in load(path, 1, 2, batch_size=10), load(path, batch_size=10, seed=9):
+        drawn.append(next(others).data[0].asnumpy())
+    assert len({batch.tobytes() for batch in drawn}) == 10
 
 
 # ---------------------------------------------------------------- a .rec from elsewhere
+
+MAGIC = struct.pack('<I', 0xced7230a)
+
 
 def rec(record):
     return MAGIC + struct.pack('<I', len(record)) + record + bytes(-len(record) % 4)
 
 
-MAGIC = struct.pack('<I', 0xced7230a)
 ONE = rec(SMALL)
 
 
 @cases('content', {
-    'random': np.random.RandomState(0).bytes(5000), 'one byte': ONE[:1], 'wrong magic number': ONE + b'x' + ONE[1:],
-    **{f'cut to {length}': ONE + ONE[:length] for length in (2, 4, 8, len(ONE) - 100, len(ONE) - 1)},
-    'trailing bytes': ONE * 2 + b'more', 'trailing zeros': ONE * 2 + bytes(64),
+    'random': np.random.RandomState(0).bytes(5000), 'cut in a header': ONE + ONE[:4], 'cut': ONE + ONE[:-100],
+    'trailing bytes': ONE * 2 + b'more',
     'ends after the first of several parts': ONE * 2 + MAGIC + struct.pack('<I', 1 << 29 | 40) + SMALL[:40],
-    'a part without its beginning': MAGIC + struct.pack('<I', 3 << 29 | 40) + SMALL[:40] + ONE * 2,
     'InsightFace': ONE * 2 + rec(pack(b'', labels=(9, 12))), 'cut JPEG': ONE * 2 + rec(SMALL[:-100]),
-    'short': ONE * 2 + rec(b'hello'), 'cut labels': ONE * 2 + rec(struct.pack('<IfQQ', 99, 0, 0, 0) + b'abc'),
-    'fewer than a batch': ONE})
+    'short': ONE * 2 + rec(b'hello'), 'fewer than a batch': ONE})
 def test_damaged_rec(tmp_path, content):
     path = tmp_path / 'train.rec'
     path.write_bytes(content)
@@ -415,13 +384,6 @@ def test_records_of_all_kinds(tmp_path):
     batches = load(write_rec(tmp_path / 'kinds.rec', packs), conditional=True)
     images, classes = epoch(batches)
     assert colours(images) == [1, 0, 0, 1] and classes.tolist() == [2, 0, 0, 1] and batches.class_names == list('012')
-
-
-def test_a_rec_that_is_cut_during_training(tmp_path):
-    path = write_rec(tmp_path / 'a.rec', [SMALL] * 40)
-    batches = load(path)
-    os.truncate(path, 99)
-    refused(lambda: epoch(batches), path, 'record', 'cut short')
 
 
 # ---------------------------------------------------------------- a whole run
