@@ -1,6 +1,6 @@
 """A run that cannot be lost: resuming, killing, signals, pipes, full disks, wrong files."""
-import glob
 import io
+import itertools
 import os
 import pickle
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, before_steps, cases, contents, ended, newest, read_state, rows, train_and_stop
+from conftest import ROOT, TINY, before_steps, cases, contents, ended, newest, read_state, rows, state, train_and_stop
 from conftest import watch_steps as watch
 
 import dcgan
@@ -23,8 +23,8 @@ import visual
 mx = dcgan.mx
 replace = dcgan.dataclasses.replace
 
-# 110 images, in batches of ten: an epoch has eleven iterations, and lines after the tenth and the eleventh. What is
-# counted of generated images tells one bit from another, and takes no time.
+# 110 images, in batches of ten: an epoch has eleven iterations, and lines after the tenth and the eleventh. The count
+# of generated images tells one bit from another, and takes no time.
 FEW_DATA = '''
 import numpy as np
 few = [part[:110] for part in dcgan.data.get_digits(labels=True)]
@@ -66,11 +66,11 @@ def child(tmp_path):
     """Start a run in a process of its own, which is killed at the end, or when it hangs."""
     started = []
 
-    def start(before='', stdout=subprocess.PIPE, **changes):
+    def start(before='', **changes):
         settings = {**FEW, 'out': str(tmp_path / 'out'), **changes}
         code = f'import dcgan\ndcgan.signal.alarm(600)\n{FEW_DATA}\n{before}\ndcgan.train(dcgan.Settings(**{settings}))'
-        started.append(subprocess.Popen([sys.executable, '-c', code], stdout=stdout, stderr=subprocess.PIPE, text=True,
-                                        cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ROOT}))
+        started.append(subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        text=True, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ROOT}))
         return started[-1]
 
     yield start
@@ -109,29 +109,26 @@ def stands(out):
     return about['epoch'], about['iteration']
 
 
-def metrics(out):
-    """The log without what differs between two runs that are the same."""
-    return [{name: float(cell or 'inf') for name, cell in row.items() if name not in ('seconds', 'images_per_second')}
-            for row in rows(out)]
+def metrics(out, counts=True):
+    """The log without what differs between two runs that are the same, and perhaps without its counts."""
+    return [{name: cell for name, cell in row.items() if name not in ('seconds', 'images_per_second')}
+            for row in rows(out) if counts or not row['kl']]
 
 
-def assert_same_run(found, expected, without='^$', counts=True):
-    """To the last bit: the states' arrays, each epoch's networks, the pictures and the log.
+def files(out):
+    """The networks of each epoch and the pictures, without the time in their names."""
+    return {re.sub('digits_(.*?)_.*-', r'\1-', path): content for path, content in contents(newest(out)).items()
+            if path.endswith(('.params', '.png', '.webp'))}
 
-    `without`: a pattern of the files that one of the two runs need not have; `counts`: whether it has each count.
-    """
-    (about, arrays), (expected_about, expected_arrays) = read_state(newest(found)), read_state(newest(expected))
+
+def assert_same_run(found, expected):
+    """To the last bit: the states' arrays, each epoch's networks, the pictures and the log."""
+    about, expected_about = read_state(newest(found))[0], read_state(newest(expected))[0]
     for name in ('epoch', 'iteration', 'adam_count', 'average_count', 'checksum'):
         assert about[name] == expected_about[name], name
-    assert arrays.keys() == expected_arrays.keys()
-    assert [name for name in arrays if arrays[name].tobytes() != expected_arrays[name].tobytes()] == []
-    assert [[row for row in metrics(out) if counts or row['kl'] == np.inf] for out in (found, expected)][0] == [
-        row for row in metrics(expected) if counts or row['kl'] == np.inf]
-    files, expected_files = (
-        {re.sub('digits_(.*?)_.*-', r'\1-', path): content for path, content in contents(newest(out)).items()
-         if not re.search(f'state.npz|log.csv|json|{without}', path)} for out in (found, expected))
-    assert files.keys() == expected_files.keys()
-    assert [path for path in files if files[path] != expected_files[path]] == []
+    assert state(found) == state(expected)
+    assert metrics(found) == metrics(expected)
+    assert files(found) == files(expected)
 
 
 def room(size=resource.RLIM_INFINITY):
@@ -153,22 +150,14 @@ def test_what_a_run_leaves(finished):
         (str(epoch), *rest) for epoch in range(3) for rest in (('10', False), ('11', False), ('11', True))]
 
 
-def test_other_programs_read_the_files(finished):
-    """The .params are MXNet's, and those of the last step: BatchNorm's averages, read too early, are 0 and 1."""
+def test_the_params(finished):
+    """They are MXNet's, and of the last step: BatchNorm's averages, read too early, are 0 and 1."""
     _, arrays = read_state(newest(finished.out))
-    assert {array.dtype.kind for array in arrays.values()} == {'f'}
     for net, end in (('G', ''), ('D', ''), ('Gmean', '_average')):
         for name, array in mx.nd.load(params(newest(finished.out), net, 2)).items():
             saved = arrays[name.split(':')[1] + end]
             assert saved.tobytes() == array.asnumpy().tobytes()
             assert 'moving' not in name or np.any(saved != ('var' in name))
-    prefix = params(newest(finished.out), 'G', 2)[:-len('-0002.params')]
-    latent = mx.nd.array(dcgan.fixed_latents(finished.seed, 10, 8).reshape(10, 8, 1, 1))
-    mod = mx.mod.Module.load(prefix, 2, data_names=('rand',), label_names=None)
-    mod.bind([('rand', latent.shape)], for_training=False)
-    mod.forward(mx.io.DataBatch([latent]), is_train=False)
-    block = mx.gluon.SymbolBlock.imports(f'{prefix}-symbol.json', ['rand'], f'{prefix}-0002.params')
-    assert np.array_equal(mod.get_outputs()[0].asnumpy(), block(latent).asnumpy())
 
 
 def test_runs_of_the_same_minute(tiny, monkeypatch):
@@ -182,32 +171,36 @@ def test_runs_of_the_same_minute(tiny, monkeypatch):
 
 @cases('changes', {'plain': dict(ctx=mx.cpu(1)), 'conditional': dict(conditional=True),
                    'two devices': dict(ctx=(mx.cpu(0), mx.cpu(1)))})
-def test_stopped_at_every_line_in_turn(tiny, finished, changes):
-    s, other = tiny(**changes), tiny(**changes, out=tiny().out + '2')
-    if other.ctx == mx.cpu(1):
+def test_stopped_at_every_line_in_turn(tiny, finished, monkeypatch, changes):
+    """By one signal after the other. Each stop leaves .params for samples; the end is the run that nobody stopped."""
+    s, stopped = tiny(**changes), tiny(**changes, out=tiny().out + '2')
+    if s.ctx == mx.cpu(1):
         s = finished  # on another device, of which MXNet would write the number into its .params
     else:
         dcgan.train(s)
-    for line in [(0, 10), (0, 11), (1, 10), (1, 11), (2, 10), (2, 11)]:
-        train_and_stop(other, 1)
-        other = replace(other, resume='latest')
-        assert stands(other.out) == line
-        assert names(newest(other.out), f'*-{line[0]:04d}.params')  # for samples
-    dcgan.train(other)
-    assert names(other.out) == [newest(other.out).name]
-    assert_same_run(other.out, s.out)
+    signals = itertools.cycle([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+    for line, signum in zip([(0, 10), (0, 11), (1, 10), (1, 11), (2, 10), (2, 11)], signals):
+        with monkeypatch.context() as patch:
+            before_steps(patch, {1: lambda: signal.raise_signal(signum)})
+            assert ended(stopped) == 128 + signum
+        stopped = replace(stopped, resume='latest')
+        assert stands(stopped.out) == line
+        assert params(newest(stopped.out), 'Gmean', line[0])
+    dcgan.train(stopped)
+    assert len(names(stopped.out)) == 1
+    assert_same_run(stopped.out, s.out)
 
 
-def test_the_latest_run_is_that_of_the_newest_state(copy, tmp_path, finished, capsys):
+def test_the_latest_run_is_that_of_the_newest_state(copy, tmp_path, capsys):
     """By the time in the state: copying the folders, here in the wrong order, changes that of the files."""
+    older = newest(copy.out)
     train_and_stop(replace(copy, resume='', epochs=5), 1)
-    older, newer = sorted(Path(copy.out).glob('digits_*'), key=lambda folder: read_state(folder)[0]['saved_at'])
+    newer, = set(Path(copy.out).iterdir()) - {older}
     out = tmp_path / 'a [b] *'
     for seconds, folder, name in ((1000, newer, 'digits_a'), (2000, older, 'digits_z')):
         shutil.copytree(folder, out / name)
         os.utime(out / name / 'state.npz', (seconds, seconds))
     before = contents(out / 'digits_z')
-    capsys.readouterr()
     dcgan.train(replace(copy, out=str(out)))
     assert f'resuming {out}/digits_a: epoch 0, iteration 10\n' in capsys.readouterr().out
     assert contents(out / 'digits_z') == before and read_state(out / 'digits_a')[0]['epoch'] == 3
@@ -215,45 +208,29 @@ def test_the_latest_run_is_that_of_the_newest_state(copy, tmp_path, finished, ca
     assert read_state(out / 'digits_z')[0]['adam_count'] == 44
 
 
-@pytest.mark.parametrize('net', ['G', 'D', 'Gmean'])
-def test_params_begin_a_run_of_their_own(tiny, capsys, monkeypatch, net):
-    """Epoch and learning rates continue; Adam and the average begin anew."""
+def test_params_begin_a_run_of_their_own(tiny, capsys, monkeypatch):
+    """Epoch and learning rates continue; Adam and the average begin anew. The new run learns nothing here."""
+    dcgan.train(tiny())
+    folder = newest(tiny().out)
+    before, path = contents(folder), params(folder, 'Gmean', 1)
     rates = watch(monkeypatch, lambda modules, *_: [mod._optimizer.learning_rate for mod in modules[:2]])
-    s = tiny(head_start=25, lr_steady=16)
-    dcgan.train(s)
-    folder = newest(s.out)
-    before, path = contents(folder), params(folder, net, 1)
-    dcgan.train(replace(s, resume=path))
+    dcgan.train(tiny(resume=path, lr=1e-30, lr_steady=16))
     assert 'Adam and the average of G begin anew' in capsys.readouterr().out and contents(folder) == before
-    falling = [[0.0002 * 0.5 ** (quarters / 4), 0.0002] for quarters in range(9, 17)]  # G's and D's, from 25 to 32
-    assert rates == [[0.001] * 2] * 25 + falling + [[0.001] * 2] * 3 + falling
-    new, = set(Path(s.out).glob('*')) - {folder}
-    about, _ = read_state(new)
+    assert rates == [[1e-30 * 0.5 ** (iteration / 4 - 4), 1e-30] for iteration in range(22, 33)]  # G's and D's
+    new, = set(Path(tiny().out).iterdir()) - {folder}
+    about, arrays = read_state(new)
     assert (about['epoch'], about['adam_count'], about['average_count']) == (3, 11, 2)
-    # what it begins with, for a run that does not learn anything from there
-    dcgan.train(replace(s, resume=path, lr=1e-30, head_start=0, out=s.out + '2'))
-    _, arrays = read_state(newest(s.out + '2'))
-    for other in 'G', 'D':
-        for name, array in mx.nd.load(params(folder, other, 1)).items():
-            name = name.split(':')[1]
-            assert 'moving' in name or arrays[name].tobytes() == array.asnumpy().tobytes()
-            assert name[0] == 'd' or 'moving' in name or np.allclose(arrays[f'{name}_average'], arrays[name])
-
-
-@pytest.mark.parametrize('before, after', [(2, 1), (1, 2)])
-def test_another_number_of_devices(tiny, before, after):
-    train_and_stop(tiny(ctx=[mx.cpu(k) for k in range(before)]), 12)
-    dcgan.train(tiny(resume='latest', ctx=[mx.cpu(k) for k in range(after)]))
-    assert stands(tiny().out) == (3, 0) and read_state(newest(tiny().out))[0]['adam_count'] == 33
-    assert len(rows(tiny().out)) == 9
+    for net in 'G', 'D':
+        for name, array in mx.nd.load(params(folder, net, 1)).items():
+            assert name[:3] == 'aux' or np.array_equal(arrays[name[4:]], array.asnumpy())
+    assert np.allclose(arrays['g1_weight_average'], arrays['g1_weight'])
 
 
 def test_the_log_is_written_and_never_read(copy, finished):
     path = newest(copy.out) / 'log.csv'
-    for damage in path.unlink, lambda: path.write_bytes(b'"\0' * 999):
-        damage()
-        dcgan.train(copy)
-        assert rows(copy.out) == rows(finished.out)
+    path.write_bytes(b'"\0' * 999)
+    dcgan.train(copy)
+    assert rows(copy.out) == rows(finished.out)
 
 
 def test_other_settings_are_said(copy, capsys):
@@ -268,13 +245,11 @@ def test_other_settings_are_said(copy, capsys):
 
 # ---------------------------------------------------------------- killing and signals
 
-@cases('function, n, loses', {
-    'in a step': ('dcgan.train_step', 17, 0), 'in a state': ('np.lib.format.write_array', 300, 1),
-    'after a state': ('os.replace', 1, 0), 'in the .params': ('dcgan.mx.nd.save', 2, 0),
-    'in a mosaic': ('dcgan.visual.tile', 7, 0), 'in a count': ('Coverage.count', 2, 0)})
-def test_killed(child, finished, tmp_path, function, n, loses):
-    """By SIGKILL, once or twice: the state is whole, at most an epoch is lost, and the run ends with the same bits."""
-    kill = f"""
+@cases('function, n', {'in a step': ('dcgan.train_step', 17), 'in a state': ('np.lib.format.write_array', 300),
+                       'in the .params': ('dcgan.mx.nd.save', 2), 'in a count': ('Coverage.count', 2)})
+def test_killed(child, finished, tmp_path, function, n):
+    """By SIGKILL: the state is whole, at most an epoch is lost, and the run that resumes ends with the same bits."""
+    process = child(f"""
 import itertools, os
 count, function = itertools.count(1), {function}
 def deadly(*args, **kwargs):
@@ -283,68 +258,67 @@ def deadly(*args, **kwargs):
         os.kill(os.getpid(), 9)
     return found
 {function} = deadly
-"""
-    process = child(kill)
+""")
     assert process.wait(timeout=600) == -signal.SIGKILL, process.stderr.read()
-    if function != 'os.replace':  # before the first state is there nothing remains
-        assert stands(tmp_path / 'out')[0] >= 1
-        dcgan.train(replace(finished, out=str(tmp_path / 'out'), resume='latest'))
-        assert_same_run(tmp_path / 'out', finished.out, without=r'-000\d\.(png|params)|film|tmp', counts=False)
+    out = tmp_path / 'out'
+    assert stands(out)[0] >= 1
+    dcgan.train(replace(finished, out=str(out), resume='latest'))
+    assert state(out) == state(finished.out)
+    assert metrics(out, counts=False) == metrics(finished.out, counts=False)
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_saves_and_says_how_to_resume(tiny, finished, capfd, monkeypatch, signum):
-    """Two signals within half a second are one, for `timeout` sends two. The process may go on, as a notebook does."""
-    before_steps(monkeypatch, {12: lambda: (signal.raise_signal(signum), signal.raise_signal(signum))})
-    assert ended(tiny()) == 128 + signum
-    out, err = capfd.readouterr()
-    assert err.count('stopping at the next line') == 1
-    last = out.splitlines()[-1]
-    assert last.startswith('stopped in epoch 1 after iteration 10; ') and f'{newest(tiny().out)}/' in last
-    assert "resume = 'latest'" in last
-    dcgan.train(tiny(resume='latest'))
-    assert_same_run(tiny().out, finished.out)
+def test_two_signals_within_half_a_second_are_one(tiny, capfd, monkeypatch):
+    """For `timeout` sends each of them twice."""
+    before_steps(monkeypatch, {12: lambda: (signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM))})
+    assert ended(tiny()) == 143
+    assert capfd.readouterr().err.count('stopping at the next line') == 1
 
 
-def test_nohup(tiny, finished, monkeypatch):
+def test_nohup(tiny, monkeypatch):
     before_steps(monkeypatch, {12: lambda: signal.raise_signal(signal.SIGHUP)})
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     dcgan.train(tiny())
     assert signal.signal(signal.SIGHUP, signal.SIG_DFL) == signal.SIG_IGN
-    assert_same_run(tiny().out, finished.out)
+    assert stands(tiny().out) == (3, 0)
 
 
 def test_a_second_signal_ends_at_once(child, tmp_path):
-    process = child(before='dcgan.train_step = lambda *args: print("hanging", flush=True) or dcgan.time.sleep(1000)')
-    assert any('hanging' in line for line in process.stdout)
+    # it sleeps in short pieces: Python handles a signal that comes just before a sleep only after it
+    process = child('''
+def hang(*args):
+    print('hanging', flush=True)
+    while True:
+        dcgan.time.sleep(0.05)
+dcgan.train_step = hang
+''')
+    assert any('hanging' in line for line in process.stdout), process.stderr.read()
     process.send_signal(signal.SIGINT)
-    assert 'stopping' in process.stderr.readline()
+    line = process.stderr.readline()
+    assert 'stopping' in line, (line, process.poll())
     time.sleep(0.7)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130 and names(newest(tmp_path / 'out'), 'state*') == []
 
 
-@pytest.mark.parametrize('owner, name, changes', [
-    (dcgan.data, 'load_data', {}), (dcgan, 'make_modules', {}), (visual, 'save', dict(resume='latest', sample=1))])
-def test_ctrl_c_before_the_loop_or_while_samples_are_made(copy, capsys, monkeypatch, owner, name, changes):
-    before = os.listdir(copy.out)
+@cases('owner, name, changes', {'data': (dcgan.data, 'load_data', dict(resume='')),
+                                'samples': (visual, 'save', dict(sample=1))})
+def test_ctrl_c_while_data_are_read_or_samples_made(copy, capsys, monkeypatch, owner, name, changes):
+    before = names(copy.out)
     monkeypatch.setattr(owner, name, lambda *args: signal.raise_signal(signal.SIGINT))
-    assert ended(replace(copy, **{'resume': '', **changes})) == 130
-    assert capsys.readouterr().err == '' and os.listdir(copy.out) == before
+    assert ended(replace(copy, **changes)) == 130
+    assert capsys.readouterr().err == '' and names(copy.out) == before
 
 
-def test_q_stops_one_run_and_not_the_next(tiny, finished, monkeypatch):
+def test_q_stops_one_run_and_not_the_next(tiny, monkeypatch):
     pressed = [True]
     monkeypatch.setattr(visual, 'quit_pressed', lambda: pressed and pressed.pop())
     assert ended(tiny()) == 130 and stands(tiny().out) == (0, 10)
     dcgan.train(tiny(resume='latest'))
-    assert_same_run(tiny().out, finished.out)
+    assert stands(tiny().out) == (3, 0)
 
 
-# ---------------------------------------------------------------- who reads what is printed
-
-@pytest.mark.parametrize('read', [0, 1, 5, 7])
-def test_a_reader_that_has_gone(child, finished, tmp_path, read):
+@pytest.mark.parametrize('read', [0, 5])
+def test_a_reader_that_has_gone(child, tmp_path, read):
     """As `| head -5`: the run saves at the next line, with the status of SIGPIPE."""
     process = child(epochs=999, display=True)
     for _ in range(read):
@@ -352,51 +326,35 @@ def test_a_reader_that_has_gone(child, finished, tmp_path, read):
     process.stdout.close()
     process.stdout = None
     assert process.wait(timeout=600) == 141, process.stderr.read()
-    dcgan.train(replace(finished, out=str(tmp_path / 'out'), resume='latest', epochs=stands(tmp_path / 'out')[0] + 1))
-
-
-def test_ctrl_c_that_ends_tee_as_well(child, tmp_path):
-    process = child(epochs=999)
-    assert any(line.startswith('epoch:') for line in process.stdout)
-    process.send_signal(signal.SIGINT)
-    process.stdout.close()
-    process.stdout = None
-    assert process.wait(timeout=600) in (130, 141) and stands(tmp_path / 'out')
-
-
-def test_a_full_disk_under_the_output(child, tmp_path):
-    with open('/dev/full', 'w') as full:
-        process = child(stdout=full)
-    assert process.wait(timeout=600) == 0 and stands(tmp_path / 'out') == (3, 0)
+    assert stands(tmp_path / 'out')
 
 
 # ---------------------------------------------------------------- what goes wrong while saving
 
-@pytest.mark.parametrize('size', [20_000, 50_000, 100_000])
-def test_a_disk_that_is_full_for_a_while(tiny, finished, capsys, monkeypatch, size):
+def test_a_disk_that_is_full_for_a_while(tiny, finished, capsys, monkeypatch):
     """All through the end of epoch 1. What was saved before stays whole, and what comes after is as always."""
     found = []
-    before_steps(monkeypatch, {22: lambda: room(size), 23: lambda: (room(), found.append(stands(tiny().out)),
-                                                                    found.append(names(newest(tiny().out), '*tmp')))})
+
+    def look():
+        room()
+        found.append((stands(tiny().out), names(newest(tiny().out), '*tmp')))
+
+    before_steps(monkeypatch, {22: lambda: room(50_000), 23: look})
     dcgan.train(tiny())
     said = re.findall('^WARNING: .*', capsys.readouterr().out, re.M)
-    assert sum('state.npz' in line and 'not saved' in line for line in said) == 2 and found == [(1, 0), []]
-    assert_same_run(tiny().out, finished.out, without='-0001|film', counts=False)
+    assert sum('state.npz' in line and 'not saved' in line for line in said) == 2 and found == [((1, 0), [])]
+    assert state(tiny().out) == state(finished.out) and metrics(tiny().out) == metrics(finished.out)
 
 
-@cases('size, what', {'state': (50_000, 'state.npz'), '.params': (-100, '_G_')})
-def test_an_end_that_cannot_be_saved(tiny, finished, monkeypatch, size, what):
-    """It is said, the status is not 0, and nothing half-written is left; MXNet misses a hundred bytes by itself."""
-    if size < 0:
-        size += os.path.getsize(params(newest(finished.out), 'G', 2))
-        monkeypatch.setattr(dcgan.np, 'savez', lambda file, **arrays: None)  # the state has room enough
-    before_steps(monkeypatch, {33: lambda: room(size)})
+def test_an_end_that_cannot_be_saved(tiny, monkeypatch):
+    """It is said, the status is not 0, and nothing half-written is left."""
+    before_steps(monkeypatch, {33: lambda: room(50_000)})
     try:
         line = ended(tiny())
     finally:
         room()
-    assert line.startswith('dcgan.py: done; ') and 'NOT SAVED' in line and what in line
-    assert names(newest(tiny().out), '*.tmp') == [] == names(newest(tiny().out), '*_G_*-0002.params')
+    assert line.startswith('dcgan.py: done; ') and 'NOT SAVED' in line and 'state.npz' in line
+    assert names(newest(tiny().out), '*.tmp') == [] == names(newest(tiny().out), '*-0002.params')
 
 
 def test_divergence_stops_the_run_and_overwrites_nothing(copy, tiny, finished):
@@ -406,29 +364,12 @@ def test_divergence_stops_the_run_and_overwrites_nothing(copy, tiny, finished):
     assert names(newest(tiny().out), '*.params') == [] == names(newest(tiny().out), 'state*')
 
 
-def test_what_is_not_finite_is_not_saved(tiny, monkeypatch):
-    """The last step of an epoch may ruin the networks after its loss was seen."""
-    step, count = dcgan.train_step, []
-
-    def ruined(*args):
-        found = step(*args)
-        count.append(0)
-        if len(count) == 22:
-            args[0]._exec_group.execs[0].arg_dict['g1_weight'][:1] = np.inf
-        return found
-
-    monkeypatch.setattr(dcgan, 'train_step', ruined)
-    assert 'g1_weight is not finite after epoch 1' in ended(tiny())
-    assert stands(tiny().out) == (1, 0) and names(newest(tiny().out), '*-0001.params') == []
-
-
 # ---------------------------------------------------------------- states of something else, and damaged ones
 
-@pytest.mark.parametrize('changes, words', [
-    (dict(ngf=8), 'ngf = 4, now it is 8'), (dict(ndf=8), 'ndf = 4'), (dict(nc=3), 'nc = 1'), (dict(Z=9), 'Z = 8'),
-    (dict(conditional=True), 'conditional = False'), (dict(d1_bias=False), 'd1_bias = True'),
-    (dict(resume='/no'), '/no'), (dict(resume='/no.params'), '/no.params')], ids=str)
-@pytest.mark.parametrize('what', ['state', 'params'])
+@pytest.mark.parametrize('what, changes, words', [
+    ('state', dict(ngf=8), 'ngf = 4, now it is 8'), ('state', dict(conditional=True), 'conditional = False'),
+    ('state', dict(resume='/no'), '/no'), ('params', dict(Z=9), 'Z = 8'), ('params', dict(nc=3), 'nc = 1'),
+    ('params', dict(d1_bias=False), 'd1_bias = True'), ('params', dict(resume='/no.params'), '/no.params')], ids=str)
 def test_other_networks(copy, monkeypatch, what, changes, words):
     """It is told before the data are loaded, and nothing is touched."""
     monkeypatch.setattr(dcgan.data, 'load_data', None)
@@ -443,9 +384,8 @@ def test_other_data(copy, monkeypatch):
     monkeypatch.setattr(dcgan.data, 'get_digits', lambda labels=False: (255 - X, *others))
     before = contents(copy.out)
     line = ended(copy)
-    assert 'trained with other images' in line and contents(copy.out) == before
-    path = re.search("resume = '(.*)'", line)[1]
-    assert path == params(newest(copy.out), 'G', 2)
+    path = params(newest(copy.out), 'G', 2)
+    assert 'trained with other images' in line and f"resume = '{path}'" in line and contents(copy.out) == before
     assert 'epochs = 3' in ended(replace(copy, resume=path))
     dcgan.train(replace(copy, resume=path, epochs=4))
 
@@ -461,43 +401,20 @@ def edited(content, change):
 
 
 @cases('harm', {
-    'cut': lambda content: content[:len(content) // 2], 'empty': lambda content: b'',
-    'pickle': lambda content: pickle.dumps({}), 'no archive': lambda content: b'state' * 1000, 'missing': None,
+    'cut': lambda content: content[:len(content) // 2], 'pickle': lambda content: pickle.dumps({}),
     'other bytes': lambda content: content.replace(content[content.index(b'g1_weight'):][1000:1100], b'other' * 20, 1),
     'an array less': lambda content: edited(content, lambda arrays: arrays.pop('dbn2_moving_mean')),
     'another shape': lambda content: edited(content, lambda arrays: arrays.update(d1_weight=arrays['g1_weight'])),
-    'nothing told': lambda content: edited(content, lambda arrays: arrays.update(run='{}')),
-    'told otherwise': lambda content: edited(content, lambda arrays: arrays.update(run='[' * 100_000)),
-    'an object': lambda content: edited(content, lambda arrays: arrays.update(g1_weight=np.array([{}])))})
+    'nothing told': lambda content: edited(content, lambda arrays: arrays.update(run='{}')), 'an older version': None})
 def test_a_state_that_cannot_be_read(copy, harm):
     """One line, which names the newest epoch's .params; samples come from these anyway."""
     folder = newest(copy.out)
     path = folder / 'state.npz'
-    content = path.read_bytes()
-    path.unlink()
     if harm:
-        path.write_bytes(harm(content))
+        path.write_bytes(harm(path.read_bytes()))
     else:
-        (folder / 'state-0003-000000.npz').write_bytes(content)  # as an older version has it
+        path.rename(folder / 'state-0003-000000.npz')
     before = contents(copy.out)
     line = ended(replace(copy, resume=str(folder), epochs=4))
     assert str(folder) in line and params(folder, 'G', 2) in line and contents(copy.out) == before
     dcgan.train(replace(copy, resume=str(folder), sample=1))
-
-
-def test_flipped_bits(copy):
-    """All over the file, and most of all in the archive's directory: it is refused, or was read as it was."""
-    path = newest(copy.out) / 'state.npz'
-    content, expected = path.read_bytes(), read_state(newest(copy.out))[1]
-    size, read = len(content), 0
-    for place in {*range(0, 100, 3), *np.linspace(0, size - 1, 50).astype(int), *range(size - 8000, size, 61)}:
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1:])
-        try:
-            saved, arrays = dcgan.read_state(path.parent)
-        except ValueError as error:
-            assert str(path) in str(error) and '\n' not in str(error)
-        else:
-            read += 1
-            assert all(arrays[name].tobytes() == expected[name].tobytes() for name in arrays)
-    assert read < 100
-    assert not glob.glob(f'{copy.out}/*/*.tmp')
