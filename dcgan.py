@@ -304,22 +304,41 @@ class Stop:
 
     def begin(self, obeys=True):
         """Forget earlier runs. A run that does not obey goes on until it is ended."""
-        self.obeys, self.signum, self.asked_at = obeys, 0, 0
+        self.obeys, self.signum = obeys, 0
 
     def ask(self, signum, frame=None):
-        """Handle a signal: the first one asks, a later one ends the process at once."""
-        if not self.signum:
-            self.signum, self.asked_at = signum, time.monotonic()
-            with contextlib.suppress(OSError):
-                os.write(2, b'stopping at the next line; once more: at once, without saving\n')
-        elif time.monotonic() > self.asked_at + 0.5:  # `timeout` sends each signal twice
-            os._exit(128 + signum)
+        """Remember the first signal, for the next line."""
+        self.signum = self.signum or signum
 
     def asked(self):
         """Whether to stop now."""
-        if visual.quit_pressed() and not self.signum:
+        if visual.quit_pressed():
             self.ask(signal.SIGINT)
         return self.obeys and self.signum > 0
+
+    def take_signals(self, stack):
+        """From now on, until `stack` ends, a signal asks to stop, and a later one ends the process at once."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for signum in self.signals:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                stack.callback(signal.signal, signum, signal.signal(signum, self.ask))
+        # Python calls a handler only when MXNet returns, which may take seconds; into this pipe it writes at once
+        threading.Thread(target=self._answer, args=[reader], daemon=True).start()
+        stack.callback(os.close, writer)
+        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer))
+
+    def _answer(self, reader):
+        """In a thread: say that the first signal was heard, and end the process at a later one."""
+        second = math.inf  # from when on a signal counts as the second one: `timeout` sends each twice
+        with open(reader, 'rb', buffering=0) as pipe:
+            while number := pipe.read(1):
+                if time.monotonic() > second:
+                    os._exit(128 + number[0])
+                if number[0] in self.signals and second == math.inf:
+                    second = time.monotonic() + 0.5
+                    with contextlib.suppress(OSError):
+                        os.write(2, b'stopping at the next line; once more: at once, without saving\n')
 
 
 stop = Stop()
@@ -826,10 +845,8 @@ def run_training(s, stack):
               train_iter.checksum, folder)
     if saved:
         restore(run, modules, saved, arrays)
-    if threading.current_thread() is threading.main_thread():
-        for signum in stop.signals:
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-                stack.callback(signal.signal, signum, signal.signal(signum, stop.ask))
+    if threading.current_thread() is threading.main_thread():  # no other can have handlers
+        stop.take_signals(stack)
     if kv.rank:
         run.folder = None
     elif not run.folder:
