@@ -15,8 +15,7 @@ os.environ['SCIKIT_LEARN_DATA'] = tempfile.mkdtemp()  # what is learnt here is n
 
 import dcgan
 
-mx, data, np = dcgan.mx, dcgan.data, dcgan.np
-
+data, np = dcgan.data, dcgan.np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL_MNIST = os.path.join(ROOT, '..', 'shared', 'mnist')
 needs_mnist = pytest.mark.skipif(not os.path.isdir(REAL_MNIST), reason='the real MNIST is not here')
@@ -50,10 +49,7 @@ def cases(names, table):
 
 @pytest.fixture(autouse=True)
 def usual_signals():
-    """A job in the background ignores INT, and one that nohup has started HUP: the tests may be such a job.
-
-    Whatever a run does with signals while it lasts, at its end they do what they did before.
-    """
+    """Signals have their usual effect, also if the tests run in the background, and have it again after a run."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
              signal.SIGHUP: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL}
     before = {signum: signal.signal(signum, what) for signum, what in usual.items()}
