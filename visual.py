@@ -207,7 +207,7 @@ def _view(out, training=None):
     try:
         cv2.namedWindow('starting')  # on a busy CPU the first window may stay blank: this one is not needed
     except cv2.error:
-        sys.exit('this OpenCV has no windows; how to exchange it is in the README, Troubleshooting')
+        sys.exit('this OpenCV has no windows; how to exchange it is in the last line of README.md')
     cv2.waitKey(100)
     cv2.destroyWindow('starting')
     signal.alarm(0)

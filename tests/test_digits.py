@@ -41,7 +41,8 @@ def run(tmp_path_factory):
     def finished(kind):
         X, y = made_up(kind)
         s = dcgan.Settings(**{**TINY, 'out': str(tmp_path_factory.mktemp('out')), 'batch_size': SETS[kind][2],
-                              'epochs': 2, 'coverage': True, 'conditional': kind != 'plain'})
+                              'epochs': 2, 'coverage': True, 'conditional': kind != 'plain',
+                              'lr': 0.01, 'lr_steady': 0})  # so that latents and classes make a difference
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(data, 'get_digits', lambda labels: (X, None, y, None))
             return s, printed(s)
@@ -105,9 +106,9 @@ def test_the_averaged_g_is_counted(run):
     """Over latents and, with the reals' shares, classes that are always the same."""
     s, _ = run('twenty')
     X, y = made_up('twenty')
-    classes = np.resize(y, 1000)
-    images = draw(s, 'Gmean', 1, dcgan.fixed_latents(s.seed, 1000, s.Z), classes)
-    expected = data.Coverage(X, y, [str(label) for label in range(20)]).count([(images, classes)])
+    batches = zip(dcgan.fixed_latents(s.seed, 1000, s.Z).reshape(100, 10, s.Z), np.resize(y, (100, 10)))
+    drawn = ((draw(s, 'Gmean', 1, latents, classes), classes) for latents, classes in batches)
+    expected = data.Coverage(X, y, [str(label) for label in range(20)]).count(drawn)
     found = rows(s.out)[-1]
     assert all(np.isclose(float(found[name]), value, rtol=1e-4) for name, value in expected.items() if name != 'fd')
 
