@@ -277,7 +277,7 @@ def _read_npz(path):
 
 
 def _memory():
-    """Where what takes long to make is kept: beside scikit-learn's own data. Raises OSError if that cannot be."""
+    """joblib's cache, beside scikit-learn's own data. Raises OSError if there can be none."""
     if os.path.expanduser(os.environ.get('SCIKIT_LEARN_DATA', '~'))[:1] == '~':  # it would make a folder of that name
         raise OSError('this user has no home folder')
     return joblib.Memory(sklearn.datasets.get_data_home(), compress=True, verbose=0)
@@ -399,7 +399,7 @@ class ImagenetIter(mx.io.DataIter):
         self.classes = classes.astype(np.int32) if conditional else None
         self.class_names = [str(position) for position in range(len(self.labels))] if conditional else []
         self.provide_data = [mx.io.DataDesc('data', (batch_size,) + self.data_shape, np.float32)]
-        self.provide_data += [mx.io.DataDesc('digit', (batch_size,), np.float32)] * conditional
+        self.provide_data += [mx.io.DataDesc('digit', (batch_size,), np.float32)] if conditional else []
         self.file = open(path, 'rb')  # noqa: SIM115  kept open: another start may replace it
         self.pool = ThreadPoolExecutor(joblib.cpu_count())
         self.begin_epoch(0)
@@ -644,14 +644,14 @@ class Coverage:
         """
         if not self.learned:
             args = self.X, self.y, self.num_images, sklearn.__version__
-            with quiet():  # that it could learn on, cannot be kept, or that what was kept is damaged
+            with quiet():  # no warning of an unfinished fit, or of a cache that is damaged or cannot be written
                 try:
                     self.classifier, self.real, self.floor = _memory().cache(_learn)(*args)
                 except OSError:
                     self.classifier, self.real, self.floor = _learn(*args)
             self.learned = True
         features, pixels, asked = [], [], []
-        for images, classes in batches:  # what is kept is small: they are never all there as floats
+        for images, classes in batches:  # keep only what is small, never all images as floats
             grey = images.mean(axis=1)  # of the channels
             features.append(_features(grey))
             pixels.append(np.rint((grey + 1) * 127.5).astype(np.uint8))

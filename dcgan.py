@@ -99,8 +99,8 @@ def check(s):
 
     kinds = {str: 'text in quotes', bool: 'True or False', int: 'a whole number', float: 'a number'}
     for field in dataclasses.fields(s):
-        found = type(getattr(s, field.name))
-        must(field.type in (object, found) or (field.type, found) == (float, int), field.name, kinds.get(field.type))
+        found, wanted = type(getattr(s, field.name)), field.type
+        must(wanted in (object, found) or (wanted is float and found is int), field.name, kinds.get(wanted))
         must(found is not str or getattr(s, field.name)[:1] != '~', field.name, 'a full path: this user has no home')
     for name in ('ndf', 'ngf', 'Z', 'batch_size', 'epochs'):
         must(1 <= getattr(s, name) < 10_000, name, '1 or more, and less than 10000')
@@ -148,14 +148,13 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12,
     gout = mx.sym.Activation(x, act_type='tanh', name='gact5')
 
     x = mx.sym.Variable('data')                                                          # nc       x 64 x 64
-    # Without a bias here D gives an image and the same image at half its contrast the same answer: every layer after
-    # this one scales along, and BatchNorm takes the scale away.
+    # Without a bias here D sees no contrast: the layers after it scale along, and BatchNorm takes the scale away.
     x = down(x, num_filter=ndf, name='d1', no_bias=no_bias and not d1_bias)
     x = leaky(x, name='dact1')                                                           # ndf      x 32 x 32
     x = leaky(norm(down(x, num_filter=ndf * 2, name='d2'), name='dbn2'), name='dact2')   # ndf * 2  x 16 x 16
     x = leaky(norm(down(x, num_filter=ndf * 4, name='d3'), name='dbn3'), name='dact3')   # ndf * 4  x  8 x  8
     x = leaky(norm(down(x, num_filter=ndf * 8, name='d4'), name='dbn4'), name='dact4')   # ndf * 8  x  4 x  4
-    x = mx.sym.Flatten(conv(x, num_filter=max(classes, 1), name='d5'))                   # a logit, or one a class
+    x = mx.sym.Flatten(conv(x, num_filter=max(classes, 1), name='d5'))                   # a logit, or one per class
     if classes:
         x = mx.sym.pick(x, mx.sym.Variable('digit'), keepdims=True)                      # that of the image's class
     dloss = mx.sym.LogisticRegressionOutput(x, mx.sym.Variable('label'), name='dloss')
@@ -163,7 +162,7 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12,
 
 
 def facc(label, pred):
-    """Share of images that D takes for what they are; label (batch,) 0 or 1, pred (batch, 1) in [0, 1]."""
+    """Share of images that D judges rightly; label (batch,) 0 or 1, pred (batch, 1) in [0, 1]."""
     return ((pred.ravel() > 0.5) == label.ravel()).mean()
 
 
@@ -180,7 +179,8 @@ def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
 
     The second D computes the gradient of its input alone, which makes step 7 cheaper. The averaged G does not learn.
     """
-    gout, dloss = make_dcgan_sym(s.ngf, s.ndf, s.nc, d1_bias=s.d1_bias, classes=len(class_names) * s.conditional)
+    classes = len(class_names) if s.conditional else 0
+    gout, dloss = make_dcgan_sym(s.ngf, s.ndf, s.nc, d1_bias=s.d1_bias, classes=classes)
     if s.conditional:  # samples will need the names
         gout.get_internals()['rand']._set_attr(__classes__=json.dumps(list(class_names)))
     label_shapes = [('label', (s.batch_size,))]
@@ -194,8 +194,8 @@ def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
     for mod in (modG, modD):
         mod.init_params(mx.init.Normal(0.02))
         mod.init_optimizer(kv, 'adam', {'learning_rate': s.lr, 'beta1': s.beta1, 'wd': 0.})
-        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # each on each device
-            # Adam's moments, which MXNet would make in the first step: a run that resumes brings its own
+        for i, weight in enumerate(itertools.chain(*mod._exec_group.param_arrays)):  # each weight on each device
+            # make Adam's moments now, so that a run that resumes can fill them; MXNet would do it in the first step
             mod._updater.states[i] = mod._optimizer.create_state(i, weight)
             mod._updater.states_synced[i] = True
     modDx = make_D(fixed_param_names=modD._param_names)
@@ -207,7 +207,7 @@ def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
 
 
 def update_average(s, run, modules):
-    """At a printed line: take G's weights into their running average, which draws better than G itself.
+    """Take G's weights into their running average, which draws better than G itself.
 
     Yazıcı et al. 2019, "The Unusual Effectiveness of Averaging in GAN Training" (arXiv 1806.04498).
     """
@@ -223,14 +223,14 @@ def update_average(s, run, modules):
                 average[:] = weight + decay * (average - weight)
 
 
-def forward_backward(modD, images, label):
-    """D sees images, and with them perhaps their classes: forward, backward. Returns its answers, (batch, 1)."""
-    modD.forward(mx.io.DataBatch(images, [label]), is_train=True)
+def forward_backward(modD, inputs, label):
+    """Run D forward and backward on [images] or [images, classes]. Returns its answers, (batch, 1)."""
+    modD.forward(mx.io.DataBatch(inputs, [label]), is_train=True)
     modD.backward()
     return modD.get_outputs()[0].copy()  # the next forward overwrites the original
 
 
-def train_step(modG, modD, modDx, rbatch, batch, label0, label1, label_real):
+def train_step(modG, modD, modDx, latents, batch, label0, label1, label_real):
     """Update D once and G once. Everything is only queued; nothing here waits for a device.
 
     Parameters: the modules; a latent batch and a real one of the same size; (batch,) arrays of 0, 1 and `pos_label`.
@@ -238,9 +238,9 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1, label_real):
     to the reals before its update, and to the fakes after it.
     """
     # 1. G makes a batch of fakes from a latent batch.
-    modG.forward(rbatch, is_train=True)
+    modG.forward(latents, is_train=True)
     fakes = modG.get_outputs()[0]
-    fakes_for_D = [fakes, *rbatch.label]  # a conditional D knows which digit each should be
+    fakes_for_D = [fakes, *latents.label]  # a conditional D knows which digit each should be
     # 2. The fakes get label 0.
     # 3. D sees them. The gradients are kept, the weights not yet updated.
     answers_to_fakes = forward_backward(modD, fakes_for_D, label0)
@@ -250,7 +250,7 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1, label_real):
     # 5. The fakes' gradients are added to the reals', and D is updated once with the sum.
     with mx.engine.bulk(64):  # bulk the small operators: each would otherwise synchronise its CUDA stream
         for real_grads, fake_grads in zip(modD._exec_group.grad_arrays, kept):
-            for real_grad, fake_grad in zip(real_grads, fake_grads):  # one a device
+            for real_grad, fake_grad in zip(real_grads, fake_grads):  # one per device
                 real_grad += fake_grad
         modD.update()
     # 6. Now the fakes get label 1: what G wants D to say.
@@ -267,14 +267,15 @@ def train_step(modG, modD, modDx, rbatch, batch, label0, label1, label_real):
 # ---------------------------------------------------------------- the loop
 
 def learning_rates(s, iteration):
-    """Adam's learning rates of G and D in an iteration, counted from the first epoch's first, which is 0."""
+    """Adam's learning rates of G and D; iterations count from 0, over all epochs."""
     if iteration < s.head_start:  # with `lr` alone G shows noise for an epoch
         return max(s.lr, 0.001), max(s.lr, 0.001)
     if not s.lr_steady or s.dataset == 'imagenet':
         return s.lr, s.lr
-    # At a constant lr G collapses some day. It follows D if it learns more slowly than D:
+    # At a constant lr G collapses some day, so G slows down and D does not:
     # Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule" (arXiv 1706.08500).
-    return s.lr * 0.5 ** max(0, 4 * iteration / s.lr_steady - 4), s.lr
+    halvings = max(0, 4 * iteration / s.lr_steady - 4)  # one in every lr_steady / 4 iterations, after lr_steady
+    return s.lr * 0.5 ** halvings, s.lr
 
 
 @dataclasses.dataclass
@@ -285,7 +286,7 @@ class Run:
     workers: int
     num_batches: int             # iterations of an epoch
     class_names: list
-    checksum: int                # of the training images
+    checksum: int                # of the training images and labels
     folder: pathlib.Path = None  # None: nothing is written, as in all workers of a cluster but the first
     epoch: int = 0
     iteration: int = 0           # how many of this epoch's are done
@@ -303,7 +304,7 @@ class Stop:
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one: Slurm's --signal
 
     def begin(self, obeys=True):
-        """Forget earlier runs. A run that does not obey goes on until it is ended."""
+        """Forget what earlier runs were asked. A run that does not obey goes on until it is ended."""
         self.obeys, self.signum = obeys, 0
 
     def ask(self, signum, frame=None):
@@ -359,23 +360,23 @@ def train_loop(s, run, modules, train_iter, rand_iter, coverage):
     """Train until `s.epochs` are done or the run is asked to stop."""
     modG, modD, modDx, averaged_G = modules
     labels = [mx.nd.full(s.batch_size, label, s.ctx[0]) for label in (0, 1, s.pos_label)]
-    # prints the root mean square of each layer's output and of `diff`, or never
-    monitor = mx.mon.Monitor(s.monitor or math.inf, pattern='(?!.*backward).*output|d1_backward_output0', sort=True)
-    for mod in (modG, modD, modDx) if s.monitor else ():
+    # prints the root mean square of each layer's output and of `diff`; with monitor = 0 it watches no module
+    monitor = mx.mon.Monitor(max(s.monitor, 1), pattern='(?!.*backward).*output|d1_backward_output0', sort=True)
+    for mod in modules[:3] if s.monitor else []:
         mod.install_monitor(monitor)
     started, last_shown = time.monotonic() - run.seconds, -math.inf
     while run.epoch < s.epochs:
         mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * run.rank)  # each worker has latents of its own
         train_iter.begin_epoch(run.epoch, run.iteration)
-        for _ in range(run.iteration):  # in a run that resumes: the latents that it has used
+        for _ in range(run.iteration):  # skip the latents that a resumed run has used
             rand_iter.next()
-        answers, last_line = [], time.monotonic()
+        answers, line_time = [], time.monotonic()
         while run.iteration < run.num_batches:
-            for mod, lr in zip(modules, learning_rates(s, run.epoch * run.num_batches + run.iteration)):
+            for mod, lr in zip((modG, modD), learning_rates(s, run.epoch * run.num_batches + run.iteration)):
                 mod._optimizer.set_learning_rate(lr)
-            batch, rbatch = train_iter.next(), rand_iter.next()
+            batch, latents = train_iter.next(), rand_iter.next()
             monitor.tic()
-            fakes, diff, new_answers = train_step(modG, modD, modDx, rbatch, batch, *labels)
+            fakes, diff, new_answers = train_step(modG, modD, modDx, latents, batch, *labels)
             for line in monitor.toc():
                 say('Batch: {:7d} {:30s} {:s}'.format(*line))
             answers += new_answers
@@ -386,13 +387,13 @@ def train_loop(s, run, modules, train_iter, rand_iter, coverage):
             answered = mx.nd.concat(*answers, dim=0).asnumpy().reshape(-1, 3, s.batch_size)  # one copy for all
             now = time.monotonic()
             run.seconds = now - started
-            print_line(s, run, answered, now - last_line)
-            answers, last_line = [], now
+            print_line(s, run, answered, now - line_time)
+            answers, line_time = [], now
             update_average(s, run, modules)
             if run.epoch == 0 and run.iteration in (50, 100, 200, 400, 800):
                 save_mosaic(s, run, averaged_G, f'gout-0000-{run.iteration:05d}')
-            if now > last_shown + 1 or run.iteration == run.num_batches:  # nobody looks at more pictures a second
-                show_pictures(s, run, fakes, diff, batch, rbatch)
+            if now > last_shown + 1 or run.iteration == run.num_batches:  # at most once a second
+                show_pictures(s, run, fakes, diff, batch, latents)
                 last_shown = now
             if stop.asked():
                 return save(s, run, modules, run.epoch)
@@ -409,7 +410,7 @@ def print_line(s, run, answered, seconds):
     loss_D = fentropy(label, before_update)
     if not np.isfinite(loss_G + loss_D):
         raise ValueError(f'the loss is not finite at epoch {run.epoch}, iteration {run.iteration}; set a smaller lr')
-    seconds /= len(answered)  # of an iteration
+    seconds /= len(answered)  # per iteration
     speed = s.batch_size * run.workers / seconds
     left = ((s.epochs - run.epoch) * run.num_batches - run.iteration) * seconds
     say(f"epoch: {run.epoch} iter: {run.iteration} metric: ('facc', {accuracy:.2f}) ('fentropy', {loss_G:.2f}) "
@@ -440,9 +441,9 @@ def write_log(run, mode, rows):
         visual.warn_once('log', f'WARNING: {run.folder}/log.csv cannot be written ({error}); the run goes on')
 
 
-def show_pictures(s, run, fakes, diff, batch, rbatch):
+def show_pictures(s, run, fakes, diff, batch, latents):
     """Show the last step's fakes, their gradient, the real images, and the losses so far."""
-    for title, arrays in dict(gout=[fakes, *rbatch.label], diff=[diff, *rbatch.label], data=batch.data).items():
+    for title, arrays in dict(gout=[fakes, *latents.label], diff=[diff, *latents.label], data=batch.data).items():
         X, *classes = [array.asnumpy() for array in arrays]
         if title == 'diff':
             X = (X - X.mean()) / (X.std() or 1)
@@ -454,7 +455,7 @@ def show_pictures(s, run, fakes, diff, batch, rbatch):
 
 
 def save_mosaic(s, run, averaged_G, title):
-    """Write a mosaic of always the same latents, a batch; if conditional, a class a column."""
+    """Write a mosaic of a batch of fixed latents; if conditional, each column has one class."""
     num_classes = len(run.class_names) if s.conditional else 0
     classes = np.resize(np.arange(num_classes), s.batch_size) if s.conditional else None
     images, _ = next(generate(averaged_G, fixed_latents(s.seed, s.batch_size, s.Z), classes))
@@ -496,8 +497,9 @@ def judge(s, run, averaged_G, coverage, epoch):
         best = max(counts, key=lambda count: count['confidence'])
         collapsed = row['confidence'] < 0.5 <= best['confidence']
     if collapsed:
-        say('WARNING: G has collapsed; begin again from the best epoch, with a smaller lr or another seed: resume = '
-            f"'{find_params(run.folder, epoch=best['epoch'])}'")
+        path = find_params(run.folder, epoch=best['epoch'])
+        say('WARNING: G has collapsed; begin again with a smaller lr or another seed'
+            + (f", or from the best epoch: resume = '{path}'" if path else ''))
 
 
 def measures(row):
@@ -506,8 +508,8 @@ def measures(row):
     return f'confidence: {row["confidence"]:.2f}, KL: {row["kl"]:.3f}{fd}'
 
 
-def last_line(s, run):
-    """How the run has ended, what came out, and what can be done with it."""
+def summary(s, run):
+    """How the run ended, what came out, and what can be done with it. Raises OSError if the last save failed."""
     end = f'stopped in epoch {run.epoch} after iteration {run.iteration}' if stop.asked() else 'done'
     counts = [row for row in run.rows if 'kl' in row]
     if counts:
@@ -524,7 +526,7 @@ def last_line(s, run):
 # ---------------------------------------------------------------- a run on disk
 
 def arrays_of(modules):
-    """{name: its copy on each device} of all that training changes: weights, the averaged G's, Adam's moments."""
+    """{name: [its copy on each device]} of all that training changes: weights, moving averages, Adam's moments."""
     modG, modD, _, averaged_G = modules
     arrays = {}
     for mod, suffix in (modG, ''), (modD, ''), (averaged_G, '_average'):
@@ -542,7 +544,7 @@ def arrays_of(modules):
 def save(s, run, modules, epoch):
     """Save the state, which replaces the old one when it is whole, and the networks under an epoch's number.
 
-    What cannot be written is said, and does not end the run.
+    If something cannot be written, it warns and goes on.
     """
     if not s.check_point:
         return
@@ -576,7 +578,7 @@ def save(s, run, modules, epoch):
 
 
 def find_run(s):
-    """The folder of the run that `resume` names; 'latest' is the run in `out` that was saved last."""
+    """The folder or the epoch's .params that `resume` names; 'latest': the run in `out` that was saved last."""
     if s.resume != 'latest':
         return pathlib.Path(s.resume)
 
@@ -595,15 +597,15 @@ def find_run(s):
 
 def parse_params(path):
     """What the name of an epoch's .params tells: dataset, network, stamp, epoch; None if it is another file."""
-    found = re.fullmatch('([a-z]+)_(Gmean|G|D)_(.+)-([0-9]{4}).params', path.name)
-    return found and (*found.groups()[:3], int(found[4]))
+    found = re.fullmatch(r'([a-z]+)_(Gmean|G|D)_(.+)-([0-9]{4})\.params', path.name)
+    return (*found.groups()[:3], int(found[4])) if found else None
 
 
 def find_params(folder, nets=('G',), epoch=None):
     """The .params in a run's folder of the first of `nets` that has any, of that epoch or the newest; or None."""
     for net in nets:
-        found = {parsed[3]: path for path in folder.glob('*.params') for parsed in [parse_params(path)]
-                 if parsed and parsed[1] == net}
+        found = {parsed[3]: path for path in folder.glob('*.params')
+                 if (parsed := parse_params(path)) and parsed[1] == net}
         if found:
             return found.get(max(found) if epoch is None else epoch)
     return None
@@ -615,9 +617,9 @@ def read_state(folder):
         with np.load(folder / 'state.npz', allow_pickle=False) as file:
             arrays = dict(file)
         saved = json.loads(str(arrays.pop('run')))
-        return {name: saved[name] for name in (
-            'epoch', 'iteration', 'seconds', 'adam_count', 'average_count', 'rows', 'saved_at', 'checksum',
-            'settings')}, arrays
+        names = ('epoch', 'iteration', 'seconds', 'adam_count', 'average_count', 'rows', 'saved_at', 'checksum',
+                 'settings')
+        return {name: saved[name] for name in names}, arrays
     except Exception as error:  # NumPy, zipfile and json have a dozen kinds for a damaged file
         raise ValueError(f'{folder}/state.npz: {data.last_line(error)}{instead(folder)}') from None
 
@@ -631,7 +633,7 @@ def instead(folder):
 
 
 def read_epoch(path):
-    """The same as `read_state`, out of an epoch's .params. Adam and the average begin anew."""
+    """What `read_state` returns, out of an epoch's .params. Adam and the average begin anew."""
     symbol, G, moving_G = load_network(path, 'G')
     _, D, moving_D = load_network(path, 'D')
     arrays = {name: array.asnumpy() for name, array in {**G, **moving_G, **D, **moving_D}.items()}
@@ -645,7 +647,7 @@ def read_epoch(path):
 
 
 def load_network(path, net):
-    """A network's symbol, parameters and moving averages from the epoch that has `path` among its .params."""
+    """Symbol, parameters and moving averages of a network, of the run and the epoch that `path` is of."""
     if not parse_params(path):
         raise ValueError(f"{path}: not an epoch's .params, such as mnist_G_2026_11_26-13_39-0000.params")
     dataset, _, stamp, epoch = parse_params(path)
@@ -675,8 +677,8 @@ def read_start(s):
     for name in ('ngf', 'ndf', 'nc', 'Z', 'd1_bias', 'conditional'):
         if saved['settings'][name] != getattr(s, name):
             raise ValueError(f'{path}: trained with {name} = {saved["settings"][name]}, now it is {getattr(s, name)}')
-    say(f'resuming {path}: epoch {saved["epoch"]}, iteration {saved["iteration"]}'
-        + '; Adam and the average of G begin anew' * (folder is None))
+    note = '' if folder else '; Adam and the average of G begin anew'
+    say(f'resuming {path}: epoch {saved["epoch"]}, iteration {saved["iteration"]}{note}')
     for name in ('batch_size', 'lr', 'head_start', 'lr_steady', 'beta1', 'pos_label', 'seed', 'augment'):
         if saved['settings'].get(name, getattr(s, name)) != getattr(s, name):
             say(f'WARNING: {name} was {saved["settings"][name]!r}: the run resumes, but is not the same run')
@@ -720,19 +722,19 @@ def fixed_latents(seed, n, Z):
 
 
 def generate(modG, latents, classes=None):
-    """Make images of (n, Z) latents and, for a conditional G, (n,) classes from 0 on, by the moving averages.
+    """Make images of (n, Z) latents and, for a conditional G, (n,) classes from 0 on.
 
-    Yields a batch of images, (batch, nc, 64, 64) in [-1, 1], and its classes or None; the last one is what is left.
+    Yields images, (batch, nc, 64, 64) in [-1, 1], and their classes or None; the last batch may be smaller.
     """
-    n, (batch_size, num_inputs) = len(latents), modG.data_shapes[0].shape[:2]
+    batch_size, num_inputs = modG.data_shapes[0].shape[:2]
     if classes is not None:
         one_hot = np.eye(num_inputs - latents.shape[1], dtype=np.float32)[classes]
         latents = np.concatenate([latents, one_hot], axis=1)
-    for start in range(0, n, batch_size):
+    for start in range(0, len(latents), batch_size):
         part = slice(start, start + batch_size)
-        batch = mx.nd.array(np.resize(latents[part], (batch_size, num_inputs, 1, 1)))
+        batch = mx.nd.array(np.resize(latents[part], (batch_size, num_inputs, 1, 1)))  # filled up by repeating
         modG.forward(mx.io.DataBatch([batch], []), is_train=False)
-        yield modG.get_outputs()[0].asnumpy()[:n - start], None if classes is None else classes[part]
+        yield modG.get_outputs()[0].asnumpy()[:len(latents[part])], None if classes is None else classes[part]
 
 
 def choose(digits, class_names):
@@ -746,7 +748,7 @@ def choose(digits, class_names):
 
 
 def make_samples(s):
-    """Write images by the G in an epoch's .params, a mosaic of them, and a walk between latents, under new names."""
+    """Write images by a saved G, a mosaic of them, and a walk between latents; never over older ones."""
     data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1]))
     path = find_run(s)
     if path.suffix != '.params':
@@ -763,16 +765,16 @@ def make_samples(s):
     chosen = choose(s.digits, class_names)
     Z = num_inputs - len(class_names)
 
-    folder = new_folder(path.with_name(f'sample-{parse_params(path)[3]:04d}' + '-weights' * (net == 'G')))
+    folder = new_folder(path.with_name(f'sample-{parse_params(path)[3]:04d}' + ('-weights' if net == 'G' else '')))
     classes = np.resize(chosen, s.sample) if chosen else None
     images = (image for batch, _ in generate(G, fixed_latents(s.seed, s.sample, Z), classes) for image in batch)
     shown = []
     for number, image in enumerate(images):
         visual.save(folder / f'{number:05d}.png', visual.tile(image[None]))
-        shown += [image] * (number < 256)
+        shown = [*shown, image][:256]
     visual.save(f'{folder}.png', visual.tile(np.stack(shown), visual.columns_for(len(chosen)) if chosen else None))
 
-    # DCGAN paper, section 6.1; along an arc, for between two Gaussian vectors a straight line passes too near to 0
+    # DCGAN paper, section 6.1; along an arc, because a straight line between two Gaussian vectors passes too near to 0
     rows, steps = 6, 10
     points = fixed_latents(s.seed, rows + 1, Z)
     arc = np.linspace(0, np.pi / 2, steps, dtype=np.float32)[:, None]
@@ -787,7 +789,7 @@ def make_samples(s):
 # ---------------------------------------------------------------- several machines
 
 def join(s):
-    """MXNet's key-value store, of a cluster's processes or of this one alone. Scheduler and server end in here.
+    """Make MXNet's key-value store, for a cluster or for this process alone. Scheduler and server end in here.
 
     Synchronous training gives all workers the same weights, so the first one decides: it prints, judges, saves and
     stops. The launcher then ends the others.
@@ -796,10 +798,10 @@ def join(s):
         return mx.kv.create('local')
     for name in ('DMLC_ROLE', 'DMLC_PS_ROOT_URI', 'DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER'):
         value = os.environ.get(name, '')
-        number = name.endswith(('PORT', 'WORKER', 'SERVER'))
-        if not (value.isdigit() if number else value):  # MXNet would wait for ever
+        numeric = name.endswith(('PORT', 'WORKER', 'SERVER'))
+        if not value or (numeric and not value.isdigit()):  # MXNet would wait for ever
             raise ValueError(f"kvstore = 'dist_sync', and in the environment {name}={value!r}; README says what to set")
-    os.environ.pop('PORT', None)  # a container's: each process would take it for its own, and so the scheduler's
+    os.environ.pop('PORT', None)  # containers set it, and every process would take it, the scheduler's port, too
     if data.ROLE != 'worker':
         for signum in stop.signals:  # launchers send them to all
             signal.signal(signum, signal.SIG_IGN)
@@ -807,14 +809,14 @@ def join(s):
         sys.exit(0)
     gpus = sum(ctx.device_type == 'gpu' for ctx in s.ctx)
     kv = mx.kv.create('dist_device_sync' if gpus > 1 else 'dist_sync')  # waits here for the other processes
-    # After an error or a stop MXNet's own end would wait for the other workers, so the process ends before it. (This
-    # keeps `kv`, whose own end would wait, too; after `leave` it has no handle.)
-    atexit.register(lambda: kv.handle and os._exit(1))
+    # MXNet's own end waits for the other workers, so after an error or a stop the process ends before that. (`leave`
+    # clears the handle. This reference keeps `kv` alive, for its destructor would wait, too.)
+    atexit.register(lambda: os._exit(1) if kv.handle else None)
     return kv
 
 
 def leave(kv):
-    """The end of a run in a cluster that nobody stopped; if it is left to Python's own end MXNet aborts."""
+    """Leave the cluster after a run that nobody stopped; otherwise MXNet aborts when Python ends."""
     kv._barrier()  # the first worker may still be counting digits, or saving
     mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
     kv.handle = mx.base.KVStoreHandle()
@@ -823,7 +825,7 @@ def leave(kv):
 # ---------------------------------------------------------------- main
 
 def run_training(s, stack):
-    """Train. Errors are exceptions. What is to be undone at the end goes to `stack`."""
+    """Train. What must be undone at the end is put on `stack`."""
     kv = join(s)
     data.check_devices(s)
     stop.begin(obeys=kv.rank == 0)
@@ -852,13 +854,13 @@ def run_training(s, stack):
     elif not run.folder:
         run.folder = new_folder(pathlib.Path(s.out, f'{s.dataset}_{time.strftime("%Y_%m_%d-%H_%M")}'))
     write_log(run, 'w', run.rows)
-    for title, mod in zip('GD', modules):
+    for title, mod in zip('GD', modules[:2]):
         print_network(s, run, title, mod)
     say(f'data: {s.dataset}, {run.num_batches} iterations an epoch; run: {run.folder}')
     say('metric: facc, fentropy of G, of D; then images/s, and the time left')
 
     train_loop(s, run, modules, train_iter, rand_iter, coverage)
-    say(last_line(s, run))
+    say(summary(s, run))
     if s.kvstore == 'dist_sync' and not stop.asked():
         leave(kv)
 
@@ -876,14 +878,14 @@ def train(settings):
     """Train as the settings say; with `sample`, make images instead.
 
     Raises SystemExit: with one line that says what is wrong, or with 128 and the number of the signal that ended it:
-    130 (Ctrl-C), 143 (SIGTERM), 141 (a pipe that nobody reads), ... In another thread than the main one, which
-    SystemExit would end without a word, it raises RuntimeError.
+    130 (Ctrl-C), 143 (SIGTERM), 141 (a pipe that nobody reads), ... In another thread than the main one,
+    where nobody sees SystemExit, it raises RuntimeError instead.
     """
     stop.begin()
     try:
         s = plain(settings)
         check(s)
-        with contextlib.closing(visual), contextlib.ExitStack() as stack:
+        with contextlib.closing(visual), contextlib.ExitStack() as stack:  # calls visual.close() at the end
             if s.sample:
                 make_samples(s)
             else:
