@@ -61,7 +61,7 @@ class Settings:
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
     pos_label: float = 0.9         # label of real images while D learns; published: 1.0
     average: float = 0.99          # decay of an average of G's weights, applied at every printed line
-    epochs: int = 12               # passes over the training images; by then G's lr is nearly 0; published: 100
+    epochs: int = 12               # passes over the training images; by then G's lr has fallen 32-fold; published: 100
     seed: int = 1234               # same seed, same run; on the CPU to the last bit
     ctx: object = data.default_ctx()  # or mx.cpu(), mx.gpu(1); several GPUs: (mx.gpu(0), mx.gpu(1))
     kvstore: str = 'device'        # several GPUs: 'device' or 'local'; several machines: 'dist_sync' (README)
