@@ -86,7 +86,7 @@ def show_picture(title, picture, out='out', display=True):
 def film(out):
     """Join the mosaics `gout-*.png` of a folder, in the order of their names, to `film.webp` of at most 3 MB.
 
-    It has up to 25 frames, evenly chosen, whole and of the newest one's size. What fails is said once.
+    Up to 25 frames, evenly chosen, whole, of the newest one's size. What fails is said once. out=None: do nothing.
     """
     paths = sorted(pathlib.Path(out).glob('gout-*.png')) if out is not None else []
     if not paths:
