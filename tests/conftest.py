@@ -3,7 +3,9 @@ import itertools
 import json
 import os
 import pathlib
+import resource
 import signal
+import subprocess
 import sys
 import tempfile
 
@@ -56,6 +58,18 @@ def usual_signals():
     yield
     after = {signum: signal.signal(signum, what) for signum, what in before.items()}
     assert after == usual
+
+
+def python(*arguments, cwd=None, **env):
+    """Run Python in a process of its own: status, stdout, stderr."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=cwd,
+                          env={**os.environ, **env})
+    return done.returncode, done.stdout, done.stderr
+
+
+def room(size=resource.RLIM_INFINITY):
+    """Let this process write no file larger than that, as with a quota or on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def ended(s):

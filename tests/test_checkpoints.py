@@ -4,7 +4,6 @@ import itertools
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, before_steps, cases, contents, ended, newest, read_state, rows, state, train_and_stop
+from conftest import ROOT, TINY, before_steps, cases, contents, ended, newest, read_state, room, rows, state
+from conftest import train_and_stop as stop_after
 from conftest import watch_steps as watch
 
 import dcgan
@@ -131,11 +131,6 @@ def assert_same_run(found, expected):
     assert files(found) == files(expected)
 
 
-def room(size=resource.RLIM_INFINITY):
-    """Let this process write no file larger than that, as with a quota or on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
 # ---------------------------------------------------------------- a run's folder
 
 def test_what_a_run_leaves(finished):
@@ -194,7 +189,7 @@ def test_stopped_at_every_line_in_turn(tiny, finished, monkeypatch, changes):
 def test_the_latest_run_is_that_of_the_newest_state(copy, tmp_path, capsys):
     """By the time in the state: copying the folders, here in the wrong order, changes that of the files."""
     older = newest(copy.out)
-    train_and_stop(replace(copy, resume='', epochs=5), 1)
+    stop_after(replace(copy, resume='', epochs=5), 1)
     newer, = set(Path(copy.out).iterdir()) - {older}
     out = tmp_path / 'a [b] *'
     for seconds, folder, name in ((1000, newer, 'digits_a'), (2000, older, 'digits_z')):

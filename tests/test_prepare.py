@@ -12,16 +12,9 @@ import data
 import numpy as np
 import pytest
 import scipy.sparse
-from conftest import ROOT, cases, refused
+from conftest import ROOT, cases, python, refused
 
 mx = data.mx
-
-
-def run(code, **env):
-    """Run code in a process of its own, with more variables: its exit status, stdout, stderr."""
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, **env})
-    return done.returncode, done.stdout, done.stderr
 
 
 def prepare():
@@ -79,7 +72,8 @@ def test_ctrl_c_during_the_imports(monkeypatch):
 
 
 def test_too_little_memory():
-    status, out, err = run('from resource import *\nsetrlimit(RLIMIT_AS, (10 ** 9, 10 ** 9))\nimport data')
+    code = 'from resource import *\nsetrlimit(RLIMIT_AS, (10 ** 9, 10 ** 9))\nimport data'
+    status, out, err = python('-c', code, cwd=ROOT)
     assert (status, out, err.count('\n')) == (1, '', 1)
     assert err.startswith('dcgan.py: ') and 'ulimit -v unlimited' in err
 
@@ -87,7 +81,7 @@ def test_too_little_memory():
 def test_threads_that_are_no_number_and_no_lscpu():
     """MXNet would abort; joblib would print why it cannot count the physical cores."""
     code = 'import data\ndata.mx.nd.ones(9).asnumpy()\nprint(int(data.os.environ["OMP_NUM_THREADS"]) > 0)'
-    assert run(code, OMP_NUM_THREADS='auto', PATH='') == (0, 'True\n', '')
+    assert python('-c', code, cwd=ROOT, OMP_NUM_THREADS='auto', PATH='') == (0, 'True\n', '')
 
 
 @pytest.mark.parametrize('given, taken', [('7', 7), ('3,2', 3), ('', None), ('0', None), ('auto', None)])
@@ -133,13 +127,13 @@ def test_libraries_come_from_beside_mxnet_alone(tmp_path):
     for name in parts:
         shutil.copy(site / f'nvidia/{data.CUDA.index(name)}/lib' / name, cudnn)
     (site / 'mxnet').symlink_to(os.path.dirname(mx.__file__))
-    status, out, err = run(f'''
+    status, out, err = python('-c', f'''
 import ctypes
 import data
 for name in {parts}:
     assert ctypes.CDLL('libcudnn.so.8').open_part(name.encode()) == 1, name
 for path in {{line.split(maxsplit=5)[-1] for line in open('/proc/self/maps') if 'nvidia' in line}}:
-    print(path, end='')''', PYTHONPATH=f'{other}:{site}', LD_LIBRARY_PATH=str(cudnn))
+    print(path, end='')''', cwd=ROOT, PYTHONPATH=f'{other}:{site}', LD_LIBRARY_PATH=str(cudnn))
     assert status == 0, err
     assert sorted(out.splitlines()) == sorted(map(str, site.glob('nvidia/*/lib/*')))
 

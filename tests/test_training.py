@@ -2,8 +2,6 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +12,8 @@ import mxnet as mx
 import numpy as np
 import pytest
 import textbook
-from conftest import ROOT, TINY, cases, contents, ended, newest, read_state, rows, state, train_and_stop, watch_steps
+from conftest import ROOT, TINY, cases, contents, ended, newest, python, read_state, rows, state, train_and_stop
+from conftest import watch_steps as watch
 
 import dcgan
 import visual
@@ -24,13 +23,6 @@ lines = re.compile(r"^epoch: (\d+) iter: (\d+) metric: \('facc', \d\.\d+\) \('fe
                    r"\('fentropy', \d+\.\d+\) (\d+)/s, ((?:\d+ days?, )?\d+:\d\d:\d\d) left$", re.M).findall
 METRICS = ('facc', 'fentropy_G', 'fentropy_D')
 ALL = data.get_digits(labels=True)
-
-
-def python(*arguments, cwd=None, **env):
-    """Run Python in a process of its own: status, stdout, stderr."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=cwd,
-                          env={**os.environ, **env})
-    return done.returncode, done.stdout, done.stderr
 
 
 # ---------------------------------------------------------------- networks
@@ -148,7 +140,7 @@ def test_the_average_of_g(few, monkeypatch, average):
         return {name: array.asnumpy() for arrays in modules[0].get_params() for name, array in arrays.items()}
 
     s = few(average=average, epochs=2, batch_size=5, ctx=(mx.cpu(),))
-    seen = watch_steps(monkeypatch, weights)
+    seen = watch(monkeypatch, weights)
     dcgan.train(s)
     mean = weights(dcgan.make_modules(s, [('data', (5, 1, 64, 64))], [('rand', (5, 8, 1, 1))]))
     for n, step in enumerate([9, 19, 22, 32, 42, 45]):
@@ -196,7 +188,7 @@ def test_the_lines_of_a_run(few, capsys, monkeypatch):
 
 def test_the_pictures_are_of_the_last_step(few, monkeypatch, capsys):
     """Also if the film has a frame of that iteration, for which other latents are drawn; and nothing is saved."""
-    seen = watch_steps(monkeypatch, lambda _, fakes, diff, __: (fakes.asnumpy(), diff.asnumpy()))
+    seen = watch(monkeypatch, lambda _, fakes, diff, __: (fakes.asnumpy(), diff.asnumpy()))
     s = few(images=100, batch_size=2, check_point=False)  # 50 iterations: no further line at the end
     dcgan.train(s)
     out = capsys.readouterr().out
@@ -208,7 +200,7 @@ def test_the_pictures_are_of_the_last_step(few, monkeypatch, capsys):
 
 
 def test_the_monitor_prints_the_layers_and_diff(few, capsys, monkeypatch):
-    sizes = watch_steps(monkeypatch, lambda _, fakes, diff, __: float(np.sqrt((diff.asnumpy() ** 2).mean())))
+    sizes = watch(monkeypatch, lambda _, fakes, diff, __: float(np.sqrt((diff.asnumpy() ** 2).mean())))
     dcgan.train(few(batch_size=100, monitor=1))
     found = re.findall(r'^Batch: +1 +(\S+) +(\S+)', capsys.readouterr().out, re.M)
     assert {'g1_output', 'gbn4_output', 'gact5_output', 'd1_output', 'dbn4_output', 'dloss_output'} <= set(dict(found))

@@ -5,7 +5,6 @@ no windows. They also need Xvfb, openbox, wmctrl, xdotool and ImageMagick's `imp
 """
 import os
 import pathlib
-import resource
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import time
 import cv2
 import numpy as np
 import pytest
-from conftest import contents
+from conftest import contents, room
 
 import visual
 
@@ -129,14 +128,13 @@ def test_a_full_disk(tmp_path, capsys):
     visual.film(str(tmp_path))
     show(tmp_path, 1, display=False)
     before = contents(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    room(1000)
     try:
         for seed in 2, 3:
             show(tmp_path, seed, display=False)
             visual.film(str(tmp_path))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        room()
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and all(line.startswith('WARNING') and 'too large' in line for line in said)
     assert contents(tmp_path) == before
