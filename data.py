@@ -218,14 +218,9 @@ def _find_set(path):
         names = glob.glob(f'{glob.escape(prefix)}{below}*train-images[-.]idx3-ubyte*')
         sets = sets or {name[:name.rindex('train-images')] for name in names if not os.path.isdir(name)}
     if not sets:
-        reason = 'no training images there' if os.path.exists(path) else 'no such file or folder'
-        try:
-            os.listdir(os.path.dirname(prefix) or '.')
-        except OSError as error:
-            reason = error.strerror
-        raise FileNotFoundError(f"{path}: {reason}; mnist_path must name the folder of MNIST's four IDX files, "
-                                "train-images-idx3-ubyte[.gz] and so on, or Keras' mnist.npz; CSV, zip and pickle are "
-                                "not read; '' takes MNIST from OpenML")
+        raise FileNotFoundError(f"{path}: no training images there; mnist_path must name the folder of MNIST's four "
+                                "IDX files, train-images-idx3-ubyte[.gz] and so on, or Keras' mnist.npz; CSV, zip and "
+                                "pickle are not read; '' takes MNIST from OpenML")
     if len(sets) > 1 and prefix not in sets:
         names = ', '.join(sorted(name.rstrip('-/') for name in sets))
         raise ValueError(f'{path}: set mnist_path to one of its sets, {names}')

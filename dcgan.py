@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for `python -I`, and `-m package.dcgan`
 import data  # before MXNet, which it prepares
@@ -79,29 +80,25 @@ class Settings:
 
 # ---------------------------------------------------------------- checking them
 
-def plain(settings):
-    """A copy with Python's own numbers for NumPy's, paths with the user's home for `~`, and `ctx` as a tuple."""
-    s = dataclasses.replace(settings)
-    for name, value in list(vars(s).items()):
-        if isinstance(value, np.generic):
-            setattr(s, name, value.item())
-        elif isinstance(value, os.PathLike) or str(value).startswith('~'):
-            setattr(s, name, os.path.expanduser(value))
-    s.ctx = tuple(s.ctx) if isinstance(s.ctx, (list, tuple)) else (s.ctx,)
-    return s
+def checked(settings):
+    """A copy with Python's own numbers for NumPy's, paths with the user's home for `~`, and `ctx` as a tuple.
 
-
-def check(s):
-    """Raise ValueError for a setting that cannot work, before any long work."""
+    Raises ValueError for a setting that cannot work, before any long work.
+    """
     def must(right, name, rule):
         if not right:
             raise ValueError(f'{name} = {getattr(s, name)!r}: must be {rule}')
 
+    s = dataclasses.replace(settings)
     kinds = {str: 'text in quotes', bool: 'True or False', int: 'a whole number', float: 'a number'}
-    for field in dataclasses.fields(s):
-        found, wanted = type(getattr(s, field.name)), field.type
-        must(wanted in (object, found) or (wanted is float and found is int), field.name, kinds.get(wanted))
-        must(found is not str or getattr(s, field.name)[:1] != '~', field.name, 'a full path: this user has no home')
+    for name, field in s.__dataclass_fields__.items():
+        value, kind = getattr(s, name), field.type
+        value = value.item() if isinstance(value, np.generic) else value
+        value = os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
+        setattr(s, name, value)
+        must(kind in (object, type(value)) or (kind is float and type(value) is int), name, kinds.get(kind))
+        must(kind is not str or value[:1] != '~', name, 'a full path: this user has no home')
+    s.ctx = tuple(s.ctx) if isinstance(s.ctx, (list, tuple)) else (s.ctx,)
     for name in ('ndf', 'ngf', 'Z', 'batch_size', 'epochs'):
         must(1 <= getattr(s, name) < 10_000, name, '1 or more, and less than 10000')
     for name in ('seed', 'head_start', 'lr_steady', 'sample', 'monitor'):
@@ -118,6 +115,7 @@ def check(s):
     must(s.out, 'out', "the name of a folder, such as 'out'")
     must(s.resume or not s.sample, 'sample', "0, or resume 'latest', a run's folder or an epoch's .params")
     must(s.conditional or not s.digits, 'digits', "'', for without conditional = True G makes what it likes")
+    return s
 
 
 # ---------------------------------------------------------------- the symbols
@@ -282,11 +280,6 @@ def learning_rates(s, iteration):
 class Run:
     """Where a run stands. `state.npz` holds this, and the arrays of the networks."""
 
-    rank: int                    # this worker's number in a cluster, of `workers`
-    workers: int
-    num_batches: int             # iterations of an epoch
-    class_names: list
-    checksum: int                # of the training images and labels
     folder: pathlib.Path = None  # None: nothing is written, as in all workers of a cluster but the first
     epoch: int = 0
     iteration: int = 0           # how many of this epoch's are done
@@ -296,6 +289,11 @@ class Run:
     rows: list = dataclasses.field(default_factory=list)  # of log.csv
     saved_at: float = 0.         # in seconds since 1970
     unsaved: str = ''            # what the last save could not write
+    rank: int = 0                # this worker's number in a cluster, of `workers`
+    workers: int = 1
+    num_batches: int = 0         # iterations of an epoch
+    class_names: list = ()
+    checksum: int = None         # of the training images and labels
 
 
 class Stop:
@@ -305,43 +303,22 @@ class Stop:
 
     def begin(self, obeys=True):
         """Forget what earlier runs were asked. A run that does not obey goes on until it is ended."""
-        self.obeys, self.signum = obeys, 0
+        self.obeys, self.signum, self.heard_at = obeys, 0, math.inf
 
-    def ask(self, signum, frame=None):
-        """Remember the first signal, for the next line."""
-        self.signum = self.signum or signum
+    def handle(self, signum, frame):
+        """Handle a signal: the first one asks to stop, a later one ends the process at once."""
+        if time.monotonic() > self.heard_at + 0.5:  # `timeout` sends each signal twice
+            os._exit(128 + signum)
+        if self.heard_at == math.inf:
+            self.signum, self.heard_at = self.signum or signum, time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(2, b'stopping at the next line; once more: at once, without saving\n')
 
     def asked(self):
         """Whether to stop now."""
         if visual.quit_pressed():
-            self.ask(signal.SIGINT)
+            self.signum = self.signum or signal.SIGINT
         return self.obeys and self.signum > 0
-
-    def take_signals(self, stack):
-        """From now on, until `stack` ends, a signal asks to stop, and a later one ends the process at once."""
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        for signum in self.signals:
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-                stack.callback(signal.signal, signum, signal.signal(signum, self.ask))
-        # Python calls a handler only when MXNet returns, which may take seconds; into this pipe it writes at once
-        threading.Thread(target=self._answer, args=[reader], daemon=True).start()
-        stack.callback(os.close, writer)
-        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer))
-
-    def _answer(self, reader):
-        """In a thread: say that the first signal was heard, and end the process at a later one."""
-        second = math.inf  # from when on a signal counts as the second one: `timeout` sends each twice
-        with open(reader, 'rb', buffering=0) as pipe:
-            while number := pipe.read(1):
-                if number[0] not in self.signals:  # of a handler of somebody else
-                    continue
-                if time.monotonic() > second:
-                    os._exit(128 + number[0])
-                if second == math.inf:
-                    second = time.monotonic() + 0.5
-                    with contextlib.suppress(OSError):
-                        os.write(2, b'stopping at the next line; once more: at once, without saving\n')
 
 
 stop = Stop()
@@ -352,7 +329,7 @@ def say(text):
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        stop.ask(signal.SIGPIPE)
+        stop.signum = stop.signum or signal.SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes all that is printed later
     except OSError:  # a full disk, which does not end a run
         pass
@@ -583,45 +560,34 @@ def find_run(s):
     """The folder or the epoch's .params that `resume` names; 'latest': the run in `out` that was saved last."""
     if s.resume != 'latest':
         return pathlib.Path(s.resume)
-
-    def saved_at(path):  # not the file's own time, which a copy changes
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return json.loads(str(file['run']))['saved_at']
-        except Exception:  # it is damaged; if it is chosen all the same, `read_state` says so
-            return os.path.getmtime(path)
-
-    states = sorted(pathlib.Path(s.out).glob('*/state.npz'), key=saved_at)
-    if not states:
+    saved_at = {}
+    for path in pathlib.Path(s.out).glob('*/state.npz'):
+        saved_at[path.parent] = os.path.getmtime(path)  # which a copy changes; it serves for a damaged state
+        with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
+            saved_at[path.parent] = json.loads(str(file['run']))['saved_at']
+    if not saved_at:
         raise ValueError(f"resume = 'latest': no run in {s.out} has a state.npz; set a run's folder or .params")
-    return states[-1].parent
-
-
-def parse_params(path):
-    """What the name of an epoch's .params tells: dataset, network, stamp, epoch; None if it is another file."""
-    found = re.fullmatch(r'([a-z]+)_(Gmean|G|D)_(.+)-([0-9]{4})\.params', path.name)
-    return (*found.groups()[:3], int(found[4])) if found else None
+    return max(saved_at, key=saved_at.get)
 
 
 def find_params(folder, nets=('G',), epoch=None):
     """The .params in a run's folder of the first of `nets` that has any, of that epoch or the newest; or None."""
     for net in nets:
-        found = {parsed[3]: path for path in folder.glob('*.params')
-                 if (parsed := parse_params(path)) and parsed[1] == net}
+        found = {int(path.stem[-4:]): path for path in folder.glob('*.params')
+                 if re.fullmatch(f'[a-z]+_{net}_.+-[0-9]{{4}}', path.stem)}
         if found:
             return found.get(max(found) if epoch is None else epoch)
     return None
 
 
 def read_state(folder):
-    """What a run remembers of itself, and {name: array}, out of its folder. Raises ValueError."""
+    """The run in a folder as it was saved, its settings, and {name: array}. Raises ValueError."""
     try:
         with np.load(folder / 'state.npz', allow_pickle=False) as file:
             arrays = dict(file)
         saved = json.loads(str(arrays.pop('run')))
-        names = ('epoch', 'iteration', 'seconds', 'adam_count', 'average_count', 'rows', 'saved_at', 'checksum',
-                 'settings')
-        return {name: saved[name] for name in names}, arrays
+        settings, _ = saved.pop('settings'), saved.pop('versions')
+        return Run(**{**saved, 'folder': folder}), settings, arrays
     except Exception as error:  # NumPy, zipfile and json have a dozen kinds for a damaged file
         raise ValueError(f'{folder}/state.npz: {data.last_line(error)}{instead(folder)}') from None
 
@@ -636,62 +602,56 @@ def instead(folder):
 
 def read_epoch(path):
     """What `read_state` returns, out of an epoch's .params. Adam and the average begin anew."""
-    symbol, G, moving_G = load_network(path, 'G')
-    _, D, moving_D = load_network(path, 'D')
+    _, class_names, G, moving_G = load_network(path, 'G')
+    _, _, D, moving_D = load_network(path, 'D')
     arrays = {name: array.asnumpy() for name, array in {**G, **moving_G, **D, **moving_D}.items()}
     arrays.update({f'{name}_average': arrays[name] for name in [*G, *moving_G]})
     arrays.update({f'{name}_{moment}': 0 * arrays[name] for name in [*G, *D] for moment in ('mean', 'var')})
     settings = dict(ngf=G['g5_weight'].shape[0], ndf=D['d1_weight'].shape[0], nc=D['d1_weight'].shape[1],
-                    Z=G['g1_weight'].shape[0] - len(class_names_of(symbol)), d1_bias='d1_bias' in D,
-                    conditional=bool(class_names_of(symbol)))
-    return dict(epoch=parse_params(path)[3] + 1, iteration=0, seconds=0., adam_count=0, average_count=0, rows=[],
-                saved_at=0., checksum=None, settings=settings), arrays
+                    Z=G['g1_weight'].shape[0] - len(class_names), d1_bias='d1_bias' in D, conditional=bool(class_names))
+    return Run(epoch=int(path.stem[-4:]) + 1), settings, arrays
 
 
 def load_network(path, net):
-    """Symbol, parameters and moving averages of a network, of the run and the epoch that `path` is of."""
-    if not parse_params(path):
+    """Symbol, class names (of a conditional G), parameters and moving averages, of the epoch that `path` is of."""
+    found = re.fullmatch('([a-z]+)_(?:Gmean|G|D)_(.+)-([0-9]{4})', path.stem)
+    if not found:
         raise ValueError(f"{path}: not an epoch's .params, such as mnist_G_2026_11_26-13_39-0000.params")
-    dataset, _, stamp, epoch = parse_params(path)
+    dataset, stamp, epoch = found.groups()
     try:
-        return mx.model.load_checkpoint(str(path.with_name(f'{dataset}_{net}_{stamp}')), epoch)
+        symbol, *arrays = mx.model.load_checkpoint(str(path.with_name(f'{dataset}_{net}_{stamp}')), int(epoch))
     except (ValueError, mx.MXNetError) as error:
         raise ValueError(f'{path}: damaged ({data.last_line(error)}); set an earlier epoch') from None
+    return symbol, json.loads(symbol.attr_dict().get('rand', {}).get('__classes__', '[]')), *arrays
 
 
-def class_names_of(symbol):
-    """The names of the classes of a conditional G; else none."""
-    return json.loads(symbol.attr_dict().get('rand', {}).get('__classes__', '[]'))
-
-
-def read_start(s):
-    """The folder to resume in, or None for a new one, and what `resume` names: `read_state`'s, or `read_epoch`'s.
+def begin_run(s):
+    """A new run, or the one that `resume` names, and its {name: array}.
 
     Raises ValueError for a run that cannot be resumed, so that this is told before the data are loaded.
     """
     if not s.resume:
-        return None, None, None
+        return Run(), {}
     path = find_run(s)
-    folder = None if path.suffix == '.params' else path
-    saved, arrays = read_state(folder) if folder else read_epoch(path)
-    if not folder and saved['epoch'] >= s.epochs:
+    is_epoch = path.suffix == '.params'
+    run, settings, arrays = read_epoch(path) if is_epoch else read_state(path)
+    if is_epoch and run.epoch >= s.epochs:
         raise ValueError(f'epochs = {s.epochs}: {path} has as many; set more')
     for name in ('ngf', 'ndf', 'nc', 'Z', 'd1_bias', 'conditional'):
-        if saved['settings'][name] != getattr(s, name):
-            raise ValueError(f'{path}: trained with {name} = {saved["settings"][name]}, now it is {getattr(s, name)}')
-    note = '' if folder else '; Adam and the average of G begin anew'
-    say(f'resuming {path}: epoch {saved["epoch"]}, iteration {saved["iteration"]}{note}')
+        if settings[name] != getattr(s, name):
+            raise ValueError(f'{path}: trained with {name} = {settings[name]}, now it is {getattr(s, name)}')
+    note = '; Adam and the average of G begin anew' if is_epoch else ''
+    say(f'resuming {path}: epoch {run.epoch}, iteration {run.iteration}{note}')
     for name in ('batch_size', 'lr', 'head_start', 'lr_steady', 'beta1', 'pos_label', 'seed', 'augment'):
-        if saved['settings'].get(name, getattr(s, name)) != getattr(s, name):
-            say(f'WARNING: {name} was {saved["settings"][name]!r}: the run resumes, but is not the same run')
-    return folder, saved, arrays
+        if settings.get(name, getattr(s, name)) != getattr(s, name):
+            say(f'WARNING: {name} was {settings[name]!r}: the run resumes, but is not the same run')
+    return run, arrays
 
 
-def restore(run, modules, saved, arrays):
-    """Put a run and its networks where they were. Raises ValueError if they are of other data or networks."""
-    where = run.folder or 'resume'
-    hint = instead(run.folder) if run.folder else ''
-    if saved['checksum'] not in (None, run.checksum):
+def restore(run, modules, arrays, checksum):
+    """Put saved arrays into the networks. Raises ValueError if they are of other images or networks."""
+    where, hint = (run.folder, instead(run.folder)) if run.folder else ('resume', '')
+    if run.checksum not in (None, checksum):
         raise ValueError(f'{where}: trained with other images{hint}')
     targets = arrays_of(modules)
     shapes = {name: copies[0].shape for name, copies in targets.items()}
@@ -701,8 +661,6 @@ def restore(run, modules, saved, arrays):
     for name, copies in targets.items():
         for copy in copies:
             copy[:] = arrays[name]
-    for name in ('epoch', 'iteration', 'seconds', 'adam_count', 'average_count', 'rows', 'saved_at'):
-        setattr(run, name, saved[name])
     for mod in modules[:2]:
         mod._optimizer.begin_num_update = mod._optimizer.num_update = run.adam_count
 
@@ -741,11 +699,11 @@ def generate(modG, latents, classes=None):
 
 def choose(digits, class_names):
     """The positions of the classes that `digits` names; all of them if it names none. Raises ValueError."""
-    wanted = re.findall('[^, ]+', digits) if re.search('[, ]', digits.strip()) else list(digits.strip())
-    unknown = [name for name in wanted if name not in class_names]
-    if unknown:
-        raise ValueError(f'digits = {digits!r}: there is no {unknown[0]!r}; that run has '
-                         f'{", ".join(class_names) or "no classes, for it is not conditional"}')
+    wanted = re.findall('[^, ]+' if ',' in digits or ' ' in digits else '.', digits)
+    for name in wanted:
+        if name not in class_names:
+            raise ValueError(f'digits = {digits!r}: there is no {name!r}; that run has '
+                             f'{", ".join(class_names) or "no classes, for it is not conditional"}')
     return [class_names.index(name) for name in wanted or class_names]
 
 
@@ -758,16 +716,15 @@ def make_samples(s):
         if not path:
             raise ValueError(f"{folder}: has no epoch's .params; set 'latest', a run's folder or an epoch's .params")
     net = 'Gmean' if '_Gmean_' in path.name else 'G'
-    symbol, parameters, moving_averages = load_network(path, net)
-    num_inputs = parameters['g1_weight'].shape[0]
+    symbol, class_names, *arrays = load_network(path, net)
+    num_inputs = arrays[0]['g1_weight'].shape[0]
     G = mx.mod.Module(symbol, data_names=('rand',), label_names=None, context=s.ctx[0])
     G.bind([('rand', (s.batch_size, num_inputs, 1, 1))], for_training=False)
-    G.init_params(None, parameters, moving_averages)
-    class_names = class_names_of(symbol)
+    G.init_params(None, *arrays)
     chosen = choose(s.digits, class_names)
     Z = num_inputs - len(class_names)
 
-    folder = new_folder(path.with_name(f'sample-{parse_params(path)[3]:04d}' + ('-weights' if net == 'G' else '')))
+    folder = new_folder(path.with_name(f'sample-{path.stem[-4:]}' + ('-weights' if net == 'G' else '')))
     classes = np.resize(chosen, s.sample) if chosen else None
     images = (image for batch, _ in generate(G, fixed_latents(s.seed, s.sample, Z), classes) for image in batch)
     shown = []
@@ -837,21 +794,20 @@ def run_training(s, stack):
         s.check_point = False
     say('settings: ' + ' '.join(f'{name}={value!r}' for name, value in vars(s).items()))
     say(f'device: {", ".join(map(str, s.ctx))}; {os.environ["OMP_NUM_THREADS"]} CPU threads')
-    folder, saved, arrays = read_start(s)
-    os.makedirs(folder or s.out, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder or s.out).close()  # raises OSError now, not at the first picture
+    run, arrays = begin_run(s)
+    os.makedirs(run.folder or s.out, exist_ok=True)
+    tempfile.TemporaryFile(dir=run.folder or s.out).close()  # raises OSError now, not at the first picture
 
     s.dataset, train_iter, labelled = data.load_data(s, kv.rank, kv.num_workers)
     rand_iter = data.RandIter(s.batch_size, s.Z, s.ctx[0], train_iter.classes if s.conditional else None)
     modules = make_modules(s, train_iter.provide_data, rand_iter.provide_data,
                            kv if s.kvstore == 'dist_sync' else s.kvstore, train_iter.class_names)
     coverage = data.Coverage(*labelled) if s.coverage and labelled and kv.rank == 0 else None
-    run = Run(kv.rank, kv.num_workers, math.ceil(train_iter.num_data / s.batch_size), train_iter.class_names,
-              train_iter.checksum, folder)
-    if saved:
-        restore(run, modules, saved, arrays)
-    if threading.current_thread() is threading.main_thread():  # no other can have handlers
-        stop.take_signals(stack)
+    if arrays:
+        restore(run, modules, arrays, train_iter.checksum)
+    run.rank, run.workers = kv.rank, kv.num_workers
+    run.num_batches = math.ceil(train_iter.num_data / s.batch_size)
+    run.class_names, run.checksum = train_iter.class_names, train_iter.checksum
     if kv.rank:
         run.folder = None
     elif not run.folder:
@@ -862,7 +818,11 @@ def run_training(s, stack):
     say(f'data: {s.dataset}, {run.num_batches} iterations an epoch; run: {run.folder}')
     say('metric: facc, fentropy of G, of D; then images/s, and the time left')
 
-    train_loop(s, run, modules, train_iter, rand_iter, coverage)
+    for signum in stop.signals if threading.current_thread() is threading.main_thread() else ():
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+            stack.callback(signal.signal, signum, signal.signal(signum, stop.handle))
+    with ThreadPoolExecutor(1) as pool:  # while MXNet computes there, this thread can handle signals
+        pool.submit(train_loop, s, run, modules, train_iter, rand_iter, coverage).result()
     say(summary(s, run))
     if s.kvstore == 'dist_sync' and not stop.asked():
         leave(kv)
@@ -886,8 +846,7 @@ def train(settings):
     """
     stop.begin()
     try:
-        s = plain(settings)
-        check(s)
+        s = checked(settings)
         with contextlib.closing(visual), contextlib.ExitStack() as stack:  # calls visual.close() at the end
             if s.sample:
                 make_samples(s)

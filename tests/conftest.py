@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -113,10 +114,17 @@ def watch_steps(monkeypatch, look):
     return seen
 
 
+def send(signum):
+    """Send this process a signal, and wait until the run has heard it: its steps are not in the main thread."""
+    os.kill(os.getpid(), signum)
+    while not dcgan.stop.signum:
+        time.sleep(0.001)
+
+
 def train_and_stop(s, steps):
     """Train, and stop at the next line after so many steps."""
     with pytest.MonkeyPatch.context() as patch:
-        before_steps(patch, {steps: lambda: signal.raise_signal(signal.SIGTERM)})
+        before_steps(patch, {steps: lambda: send(signal.SIGTERM)})
         assert ended(s) == 143
 
 

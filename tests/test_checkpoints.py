@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, before_steps, cases, contents, ended, newest, read_state, room, rows, state
+from conftest import ROOT, TINY, before_steps, cases, contents, ended, newest, read_state, room, rows, send, state
 from conftest import train_and_stop as stop_after
 from conftest import watch_steps as watch
 
@@ -176,7 +176,7 @@ def test_stopped_at_every_line_in_turn(tiny, finished, monkeypatch, changes):
     signals = itertools.cycle([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
     for line, signum in zip([(0, 10), (0, 11), (1, 10), (1, 11), (2, 10), (2, 11)], signals):
         with monkeypatch.context() as patch:
-            before_steps(patch, {1: lambda: signal.raise_signal(signum)})
+            before_steps(patch, {1: lambda: send(signum)})
             assert ended(stopped) == 128 + signum
         stopped = replace(stopped, resume='latest')
         assert stands(stopped.out) == line
@@ -264,13 +264,13 @@ def deadly(*args, **kwargs):
 
 def test_two_signals_within_half_a_second_are_one(tiny, capfd, monkeypatch):
     """For `timeout` sends each of them twice."""
-    before_steps(monkeypatch, {12: lambda: (signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM))})
+    before_steps(monkeypatch, {12: lambda: (send(signal.SIGTERM), send(signal.SIGTERM))})
     assert ended(tiny()) == 143
     assert capfd.readouterr().err.count('stopping at the next line') == 1
 
 
 def test_nohup(tiny, monkeypatch):
-    before_steps(monkeypatch, {12: lambda: signal.raise_signal(signal.SIGHUP)})
+    before_steps(monkeypatch, {12: lambda: os.kill(os.getpid(), signal.SIGHUP)})
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     dcgan.train(tiny())
     assert signal.signal(signal.SIGHUP, signal.SIG_DFL) == signal.SIG_IGN
