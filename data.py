@@ -61,7 +61,7 @@ def last_line(error):
 
 
 def getattr_for_mxnet(name):
-    """Answer MXNet alone for names that it reads at import and NumPy has taken away; it uses only `bool` later."""
+    """NumPy's `__getattr__` while MXNet is imported, which reads names that are gone, and later uses only `bool`."""
     try:
         return numpy_getattr(name)
     except AttributeError:
@@ -71,12 +71,13 @@ def getattr_for_mxnet(name):
 
 
 def load_cuda():
-    """Load CUDA 11 from PyPI's packages beside MXNet alone: elsewhere may be CUDA 12's, with some of the names."""
+    """Load CUDA 11 only from PyPI's packages beside MXNet: a CUDA 12 elsewhere has some of the names, too."""
     origin = getattr(importlib.util.find_spec('mxnet'), 'origin', None) or ''
     folder = glob.escape(os.path.dirname(os.path.dirname(origin)))
-    for name in CUDA if glob.glob(f'{folder}/nvidia/*/lib/libcudart.so.11.0') else ():
-        for path in glob.glob(f'{folder}/nvidia/*/lib/{name}'):
-            ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+    if glob.glob(f'{folder}/nvidia/*/lib/libcudart.so.11.0'):
+        for name in CUDA:
+            for path in glob.glob(f'{folder}/nvidia/*/lib/{name}'):
+                ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
 
 
 try:
@@ -210,7 +211,7 @@ def _prepare(X, y, num_train, labels):
 
 
 def _find_set(path):
-    """The folder and what the names of the four files begin with. MNIST's own names come first."""
+    """The path that the four files' names begin with. MNIST's own names come first."""
     path = re.split('(?:train|t10k|test)-(?:images|labels)[-.]idx', path)[0] or '.'  # one of the four: its folder
     prefix = os.path.join(path, '') if os.path.isdir(path) else path
     sets = set()
@@ -243,7 +244,8 @@ def _read_file(path):
 
 
 def _read_idx(prefix, parts, what, ndim):
-    """The IDX file (LeCun's MNIST page, "FILE FORMATS") of a part by one of its names: uint8 of `ndim` dimensions."""
+    """One of the four IDX files (LeCun's MNIST page, "FILE FORMATS"), uint8 of `ndim` dimensions."""
+    # exchanged in the whole path, for Kaggle has each file in a folder of the file's name
     paths = [re.sub('train-images([-.])idx3', rf'{part}-{what}\1idx{ndim}', f'{prefix}train-images{dot}idx3-ubyte{gz}')
              for part in parts for dot in '-.' for gz in ('', '.gz')]
     path = next(filter(os.path.isfile, paths), None)
@@ -318,7 +320,7 @@ class PixelIter(mx.io.NDArrayIter):
         super().__init__(mx.nd.from_numpy(X[mine]), mx.nd.array(self.classes[mine]), batch_size, label_name='digit')
         self.nc, self.conditional = nc, conditional
         # each of the 256 pixel values as the float that NumPy makes of it, to the last bit
-        self.levels = mx.nd.array(np.arange(256, dtype=np.float32) / (255.0 / 2) - 1.0, ctx or mx.cpu())
+        self.levels = mx.nd.array(np.arange(256, dtype=np.float32) / 127.5 - 1, ctx or mx.cpu())
 
     @property
     def provide_data(self):
@@ -356,17 +358,17 @@ class RandIter(mx.io.DataIter):
         latent = mx.random.normal(0, 1.0, shape=(self.batch_size, self.ndim, 1, 1), ctx=self.ctx)
         if not self.num_classes:
             return mx.io.DataBatch([latent], [], pad=0)
-        images = mx.nd.random.randint(0, len(self.classes), shape=(self.batch_size,), ctx=self.ctx)
-        classes = self.classes.take(images)
+        positions = mx.nd.random.randint(0, len(self.classes), shape=(self.batch_size,), ctx=self.ctx)
+        classes = self.classes.take(positions)
         one_hot = classes.one_hot(self.num_classes).reshape((0, 0, 1, 1))
         return mx.io.DataBatch([mx.nd.concat(latent, one_hot, dim=1)], [classes], pad=0)
 
 
 # ---------------------------------------------------------------- pictures
 
-MAGIC = struct.pack('<I', 0xced7230a)  # with it each part of a record in a RecordIO file begins
+MAGIC = struct.pack('<I', 0xced7230a)  # each part of a record in a RecordIO file begins with it
 ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'`\x82'}  # a JPEG's and a PNG's last two bytes, by the first two
-# what a file is that is no picture, by bytes among its first 512
+# what a file is if it is no picture, by bytes among its first 512
 KINDS = {b'version https://git-lfs': 'a Git LFS pointer: "git lfs pull" fetches the file', b'<html': 'a web page',
          **dict.fromkeys((b'PK\3\4', b'\x1f\x8b\x08', b'ustar'), 'an archive: unpack it'),
          b'ftyp': 'HEIC, AVIF or a film: save it as JPEG', MAGIC: 'a .rec: set imgnet_path to it'}
@@ -395,7 +397,7 @@ class ImagenetIter(mx.io.DataIter):
         self.class_names = [str(position) for position in range(len(self.labels))] if conditional else []
         self.provide_data = [mx.io.DataDesc('data', (batch_size,) + self.data_shape, np.float32)]
         self.provide_data += [mx.io.DataDesc('digit', (batch_size,), np.float32)] if conditional else []
-        self.file = open(path, 'rb')  # noqa: SIM115  kept open: another start may replace it
+        self.file = open(path, 'rb')  # noqa: SIM115  kept open: another run may replace it
         self.pool = ThreadPoolExecutor(joblib.cpu_count())
         self.begin_epoch(0)
 
@@ -519,7 +521,7 @@ def _small_jpeg(path):
 
 def _write_rec(path, files, labels):
     """Write the pictures among the files into a .rec, which replaces nothing until it is whole; name the others."""
-    temporary = f'{path}.{os.urandom(4).hex()}'  # several starts may pack at once
+    temporary = f'{path}.{os.urandom(4).hex()}'  # several runs may pack at once
     kept, told, step = 0, {}, 8 * joblib.cpu_count()  # step: so many at most are still decoded after Ctrl-C
     try:
         with open(temporary, 'wb') as file, ThreadPoolExecutor(joblib.cpu_count()) as pool:
@@ -538,8 +540,9 @@ def _write_rec(path, files, labels):
         for note, some in told.items():
             print(f'WARNING: {note}: {len(some)} files, such as {some[:10]}', flush=True)
         print(f'{kept} pictures packed, {len(files) - kept} files skipped', flush=True)
-        with contextlib.suppress(FileNotFoundError):  # another start was faster, and has tidied up
-            os.replace(temporary, path if kept else temporary)
+        if kept:
+            with contextlib.suppress(FileNotFoundError):  # another run was faster, and has tidied up
+                os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -576,7 +579,7 @@ def _pack(folder, out, workers):
         raise ValueError(f'{folder}: has no picture that OpenCV can read; set imgnet_path to a folder that has')
     for old in set(glob.glob(glob.escape(stem) + '[0-9a-f]' * 8 + '.rec*')) - {path}:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(old)  # of the folder as it was, or left by a start that was killed
+            os.remove(old)  # of the folder as it was, or left by a run that was killed
     return path, classes
 
 
@@ -596,8 +599,8 @@ def load_pictures(s, rank=0, workers=1):
 
 
 def load_data(s, rank=0, workers=1):
-    """The name of the data that the settings `s` ask for, an iterator over this worker's share, and, of digits, what
-    `Coverage` takes, else None. Raises OSError and ValueError as `get_mnist`, `load_pictures` and the iterators.
+    """The data's name ('digits' if MNIST cannot be had), an iterator over this worker's share, and the arguments of
+    `Coverage`, None for pictures. Raises OSError and ValueError as `get_mnist`, `load_pictures` and the iterators.
     """
     if s.dataset == 'imagenet':
         return s.dataset, load_pictures(s, rank, workers), None
@@ -652,7 +655,7 @@ class Coverage:
             pixels.append(np.rint((grey + 1) * 127.5).astype(np.uint8))
             asked.append(classes)
         features, num_classes = np.concatenate(features), len(self.class_names)
-        probability = self.classifier.predict_proba(features)[:, :num_classes]  # it makes two of a single class
+        probability = self.classifier.predict_proba(features)[:, :num_classes]  # one class has two columns
         classes = probability.argmax(axis=1)
         shares, real = (np.bincount(labels, minlength=num_classes) / len(labels) for labels in (classes, self.y))
         row = {f'share_{name}': share for name, share in zip(self.class_names, shares)}
@@ -662,24 +665,25 @@ class Coverage:
             asked = np.concatenate(asked)
             right = classes == asked
             row.update(asked=right.mean(), asked_worst=min(right[asked == wanted].mean() for wanted in set(asked)))
-        row['fd'] = None if self.floor is None else frechet_distance(self.real, _answers(self.classifier, features))
+        row['fd'] = None if self.floor is None else frechet_distance(self.real, _statistics(self.classifier, features))
         return row
 
 
 def _learn(X, y, num_images, version):
-    """What `Coverage` needs, kept by joblib for the same arguments: classifier, answers to real images, floor."""
-    passes = min(66, max(3, 720_000 // len(X)))  # 12 over MNIST
+    """What `Coverage` needs, kept by joblib for the same arguments: classifier, statistics of real images, floor."""
+    epochs = min(66, max(3, 720_000 // len(X)))  # 12 over MNIST
     classifier = sklearn.neural_network.MLPClassifier(
-        (256,), batch_size=min(128, len(X)), max_iter=passes, n_iter_no_change=passes, random_state=0)
+        (256,), batch_size=min(128, len(X)), max_iter=epochs, n_iter_no_change=epochs, random_state=0)
     features = np.concatenate([  # never many of the images as floats
         _features(X[i:i + 100, 0] / np.float32(127.5) - 1) for i in range(0, len(X), 100)])
     classifier.fit(features, y)
-    if classifier.n_iter_ < passes:  # it was a Ctrl-C, which scikit-learn swallows
+    if classifier.n_iter_ < epochs:  # it was a Ctrl-C, which scikit-learn swallows
         raise KeyboardInterrupt
     vars(classifier).pop('_optimizer', None)  # twice as large as all that is needed
     some, others = features[:2 * num_images:2], features[1:2 * num_images:2]
-    real = _answers(classifier, some)
-    return classifier, real, frechet_distance(real, _answers(classifier, others)) if len(X) >= 2000 else None
+    real = _statistics(classifier, some)
+    floor = frechet_distance(real, _statistics(classifier, others)) if len(X) >= 2000 else None
+    return classifier, real, floor
 
 
 def _features(grey):
@@ -687,8 +691,8 @@ def _features(grey):
     return grey.reshape(-1, 16, 4, 16, 4).mean(axis=(2, 4)).reshape(-1, 256)
 
 
-def _answers(classifier, features):
-    """The mean (256,) and covariance (256, 256) of the hidden layer's answers."""
+def _statistics(classifier, features):
+    """The mean (256,) and covariance (256, 256) of the hidden layer's activations."""
     hidden = np.maximum(features @ classifier.coefs_[0] + classifier.intercepts_[0], 0).astype(float)
     return hidden.mean(axis=0), np.cov(hidden, rowvar=False)
 

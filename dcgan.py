@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for `python -I`, and `-m package.dcgan`
 import data  # before MXNet, which it prepares
@@ -37,6 +37,7 @@ import numpy as np
 import visual
 
 # ---------------------------------------------------------------- settings: edit these
+# "published": as in the article's script, which this one follows (README)
 
 
 @dataclasses.dataclass
@@ -51,16 +52,16 @@ class Settings:
     ngf: int = 64                  # filters in G's last but one layer
     nc: int = 3                    # channels: 3 or 1
     Z: int = 100                   # size of the latent vector
-    d1_bias: bool = True           # a bias in D's first layer, without which D sees no contrast; published: False
+    d1_bias: bool = True           # a bias in D's first layer (why: make_dcgan_sym); published: False
     conditional: bool = False      # tell G which digit to make, and D which it sees
     # optimisation
     batch_size: int = 64           # real images in a step, and as many fakes
     lr: float = 0.0002             # Adam's learning rate after the head start
-    head_start: int = 500          # the first iterations have lr 0.001; published: 0
+    head_start: int = 500          # so many iterations at first have lr 0.001, or lr if larger; published: 0
     lr_steady: int = 5000          # iterations at constant lr; after these G's lr halves every lr_steady / 4
                                    # (digits only; 0, published: never)
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
-    pos_label: float = 0.9         # label of real images while D learns; published: 1.0
+    pos_label: float = 0.9         # D's target for real images (one-sided label smoothing); published: 1.0
     average: float = 0.99          # decay of an average of G's weights, applied at every printed line
     epochs: int = 12               # passes over the training images; by then G's lr has fallen 32-fold; published: 100
     seed: int = 1234               # same seed, same run; on the CPU to the last bit
@@ -81,18 +82,19 @@ class Settings:
 # ---------------------------------------------------------------- checking them
 
 def checked(settings):
-    """A copy with Python's own numbers for NumPy's, paths with the user's home for `~`, and `ctx` as a tuple.
+    """A copy in which NumPy's numbers are Python's, `~` is the home folder, and `ctx` is a tuple.
 
     Raises ValueError for a setting that cannot work, before any long work.
     """
+    s = dataclasses.replace(settings)
+
     def must(right, name, rule):
         if not right:
             raise ValueError(f'{name} = {getattr(s, name)!r}: must be {rule}')
 
-    s = dataclasses.replace(settings)
     kinds = {str: 'text in quotes', bool: 'True or False', int: 'a whole number', float: 'a number'}
-    for name, field in s.__dataclass_fields__.items():
-        value, kind = getattr(s, name), field.type
+    for field in dataclasses.fields(s):
+        name, kind, value = field.name, field.type, getattr(s, field.name)
         value = value.item() if isinstance(value, np.generic) else value
         value = os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
         setattr(s, name, value)
@@ -114,7 +116,7 @@ def checked(settings):
     must(s.batch_size % len(s.ctx) == 0, 'batch_size', f'a multiple of the {len(s.ctx)} devices')
     must(s.out, 'out', "the name of a folder, such as 'out'")
     must(s.resume or not s.sample, 'sample', "0, or resume 'latest', a run's folder or an epoch's .params")
-    must(s.conditional or not s.digits, 'digits', "'', for without conditional = True G makes what it likes")
+    must(s.conditional or not s.digits, 'digits', "'' unless conditional = True")
     return s
 
 
@@ -141,12 +143,12 @@ def make_dcgan_sym(ngf, ndf, nc, no_bias=True, fix_gamma=True, eps=1e-5 + 1e-12,
     x = relu(norm(up(x, num_filter=ngf * 2, name='g3'), name='gbn3'), name='gact3')      # ngf * 2  x 16 x 16
     x = relu(norm(up(x, num_filter=ngf, name='g4'), name='gbn4'), name='gact4')          # ngf      x 32 x 32
     x = up(x, num_filter=max(nc, 2), name='g5')                                          # nc       x 64 x 64
-    if nc == 1:  # oneDNN cannot differentiate a deconvolution of one filter: of two the first is used
+    if nc == 1:  # oneDNN has no gradient of a deconvolution with one filter: make two, keep the first
         x = mx.sym.slice_axis(x, axis=1, begin=0, end=1)
     gout = mx.sym.Activation(x, act_type='tanh', name='gact5')
 
     x = mx.sym.Variable('data')                                                          # nc       x 64 x 64
-    # Without a bias here D sees no contrast: the layers after it scale along, and BatchNorm takes the scale away.
+    # Without a bias here D cannot see a batch's contrast: d1 and d2 scale with it, and dbn2 divides by that scale.
     x = down(x, num_filter=ndf, name='d1', no_bias=no_bias and not d1_bias)
     x = leaky(x, name='dact1')                                                           # ndf      x 32 x 32
     x = leaky(norm(down(x, num_filter=ndf * 2, name='d2'), name='dbn2'), name='dact2')   # ndf * 2  x 16 x 16
@@ -175,7 +177,7 @@ def fentropy(label, pred):
 def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
     """Make G and D with their optimizers; a second D that shares the weights of the first; and the averaged G.
 
-    The second D computes the gradient of its input alone, which makes step 7 cheaper. The averaged G does not learn.
+    The second D computes the gradient of its input alone, so step 7 costs less. The averaged G does not learn.
     """
     classes = len(class_names) if s.conditional else 0
     gout, dloss = make_dcgan_sym(s.ngf, s.ndf, s.nc, d1_bias=s.d1_bias, classes=classes)
@@ -205,19 +207,18 @@ def make_modules(s, data_shapes, rand_shapes, kv='device', class_names=()):
 
 
 def update_average(s, run, modules):
-    """Take G's weights into their running average, which draws better than G itself.
+    """Take G's weights into their exponential moving average, which draws better than G itself.
 
     Yazıcı et al. 2019, "The Unusual Effectiveness of Averaging in GAN Training" (arXiv 1806.04498).
     """
-    mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
     # at first, when G changes fast, the decay is smaller: 0.1, 0.18, ...
     decay = min(s.average, (1 + run.average_count) / (10 + run.average_count))
     run.average_count += 1
     arrays = arrays_of(modules)
-    with mx.engine.bulk(64):
+    with mx.engine.bulk(64):  # as in `train_step`
         for name in arrays:
-            if name.endswith('_average'):
-                (average,), weight = arrays[name], arrays[name[:-len('_average')]][0]
+            if f'{name}_average' in arrays:
+                weight, (average,) = arrays[name][0], arrays[f'{name}_average']
                 average[:] = weight + decay * (average - weight)
 
 
@@ -270,7 +271,7 @@ def learning_rates(s, iteration):
         return max(s.lr, 0.001), max(s.lr, 0.001)
     if not s.lr_steady or s.dataset == 'imagenet':
         return s.lr, s.lr
-    # At a constant lr G collapses some day, so G slows down and D does not:
+    # At a constant lr G collapses sooner or later, so G slows down and D does not:
     # Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule" (arXiv 1706.08500).
     halvings = max(0, 4 * iteration / s.lr_steady - 4)  # one in every lr_steady / 4 iterations, after lr_steady
     return s.lr * 0.5 ** halvings, s.lr
@@ -300,10 +301,24 @@ class Stop:
     """Whether the run is asked to stop: by a signal, by q in a window, or because nobody reads what it prints."""
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one: Slurm's --signal
+    pool = ThreadPoolExecutor(1)  # one thread for all runs: MXNet keeps 5 MB for each
 
     def begin(self, obeys=True):
-        """Forget what earlier runs were asked. A run that does not obey goes on until it is ended."""
+        """Forget what earlier runs were asked. obeys=False: go on until the launcher ends the process."""
         self.obeys, self.signum, self.heard_at = obeys, 0, math.inf
+
+    def listen(self, work):
+        """Call `work` in another thread: Python handles signals in the main one, and not while MXNet computes there."""
+        if threading.current_thread() is not threading.main_thread():  # no other can have handlers
+            return work()
+        with contextlib.ExitStack() as stack:
+            for signum in self.signals:
+                if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                    stack.callback(signal.signal, signum, signal.signal(signum, self.handle))
+            future = self.pool.submit(work)
+            while wait([future], 0.1).not_done:  # a signal that the other thread got does not wake this one
+                pass
+            return future.result()
 
     def handle(self, signum, frame):
         """Handle a signal: the first one asks to stop, a later one ends the process at once."""
@@ -312,7 +327,7 @@ class Stop:
         if self.heard_at == math.inf:
             self.signum, self.heard_at = self.signum or signum, time.monotonic()
             with contextlib.suppress(OSError):
-                os.write(2, b'stopping at the next line; once more: at once, without saving\n')
+                os.write(2, b'stopping at the next line; a second signal stops at once, without saving\n')
 
     def asked(self):
         """Whether to stop now."""
@@ -341,8 +356,9 @@ def train_loop(s, run, modules, train_iter, rand_iter, coverage):
     labels = [mx.nd.full(s.batch_size, label, s.ctx[0]) for label in (0, 1, s.pos_label)]
     # prints the root mean square of each layer's output and of `diff`; with monitor = 0 it watches no module
     monitor = mx.mon.Monitor(max(s.monitor, 1), pattern='(?!.*backward).*output|d1_backward_output0', sort=True)
-    for mod in modules[:3] if s.monitor else []:
-        mod.install_monitor(monitor)
+    if s.monitor:
+        for mod in modules[:3]:
+            mod.install_monitor(monitor)
     started, last_shown = time.monotonic() - run.seconds, -math.inf
     while run.epoch < s.epochs:
         mx.random.seed(s.seed + 1 + run.epoch + 1_000_003 * run.rank)  # each worker has latents of its own
@@ -438,7 +454,7 @@ def save_mosaic(s, run, averaged_G, title):
     num_classes = len(run.class_names) if s.conditional else 0
     classes = np.resize(np.arange(num_classes), s.batch_size) if s.conditional else None
     images, _ = next(generate(averaged_G, fixed_latents(s.seed, s.batch_size, s.Z), classes))
-    visual.visual(title, images, run.folder, False, columns=visual.columns_for(num_classes) if num_classes else None)
+    visual.visual(title, images, run.folder, False, columns=visual.columns_for(num_classes))
 
 
 def finish_epoch(s, run, modules, coverage):
@@ -457,13 +473,13 @@ def judge(s, run, averaged_G, coverage, epoch):
     """Count the digits among what the averaged G makes, and warn if G has collapsed."""
     first = not coverage.learned
     if first:
-        say('a classifier learns the real images, to judge the generated ones; up to a minute, and then it is kept ...')
+        say('training a classifier of the real images, which judges the generated ones (a minute; then it is kept) ...')
     latents = fixed_latents(s.seed, coverage.num_images, s.Z)
     classes = np.resize(coverage.y, len(latents)) if s.conditional else None  # as frequent as in the real images
     row = coverage.count(generate(averaged_G, latents, classes))
     log(run, **row, epoch=epoch, iteration=run.num_batches)
     if first and row['fd']:
-        say(f'FD: the Fréchet distance from real images; other real ones have {coverage.floor:.2f}')
+        say(f'FD: the Fréchet distance from real images, smaller is better; other real ones have {coverage.floor:.2f}')
     shares = ' '.join(f'{100 * row[f"share_{name}"]:.0f}' for name in run.class_names)
     say(f'epoch: {epoch} digits: {row["digits"]} of {len(run.class_names)}, shares: {shares} %, {measures(row)}')
     if s.conditional:
@@ -482,7 +498,7 @@ def judge(s, run, averaged_G, coverage, epoch):
 
 
 def measures(row):
-    """A count's figures in words; few images have no Fréchet distance."""
+    """A count's figures in words; with few images there is no Fréchet distance."""
     fd = f', FD: {row["fd"]:.2f}' if row['fd'] else ''
     return f'confidence: {row["confidence"]:.2f}, KL: {row["kl"]:.3f}{fd}'
 
@@ -506,6 +522,7 @@ def summary(s, run):
 
 def arrays_of(modules):
     """{name: [its copy on each device]} of all that training changes: weights, moving averages, Adam's moments."""
+    mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
     modG, modD, _, averaged_G = modules
     arrays = {}
     for mod, suffix in (modG, ''), (modD, ''), (averaged_G, '_average'):
@@ -528,7 +545,6 @@ def save(s, run, modules, epoch):
     if not s.check_point:
         return
     modG, modD, _, averaged_G = modules
-    mx.nd.waitall()  # else BatchNorm's moving averages may be read before they are written
     arrays = {name: copies[0].asnumpy() for name, copies in arrays_of(modules).items()}  # of the first device
     run.adam_count, run.saved_at, run.unsaved = modG._optimizer.num_update, time.time(), ''
     about = dict(vars(run), settings=vars(s), versions=[mx.__version__, np.__version__, sys.version])
@@ -562,7 +578,7 @@ def find_run(s):
         return pathlib.Path(s.resume)
     saved_at = {}
     for path in pathlib.Path(s.out).glob('*/state.npz'):
-        saved_at[path.parent] = os.path.getmtime(path)  # which a copy changes; it serves for a damaged state
+        saved_at[path.parent] = os.path.getmtime(path)  # only for a damaged state: copying a file changes its time
         with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
             saved_at[path.parent] = json.loads(str(file['run']))['saved_at']
     if not saved_at:
@@ -571,7 +587,7 @@ def find_run(s):
 
 
 def find_params(folder, nets=('G',), epoch=None):
-    """The .params in a run's folder of the first of `nets` that has any, of that epoch or the newest; or None."""
+    """The .params of an epoch, by default the newest, of the first of `nets` that has any; None if none has."""
     for net in nets:
         found = {int(path.stem[-4:]): path for path in folder.glob('*.params')
                  if re.fullmatch(f'[a-z]+_{net}_.+-[0-9]{{4}}', path.stem)}
@@ -613,7 +629,7 @@ def read_epoch(path):
 
 
 def load_network(path, net):
-    """Symbol, class names (of a conditional G), parameters and moving averages, of the epoch that `path` is of."""
+    """Symbol, class names (of a conditional G), parameters, moving averages: of `net`, in the epoch of `path`."""
     found = re.fullmatch('([a-z]+)_(?:Gmean|G|D)_(.+)-([0-9]{4})', path.stem)
     if not found:
         raise ValueError(f"{path}: not an epoch's .params, such as mnist_G_2026_11_26-13_39-0000.params")
@@ -636,7 +652,7 @@ def begin_run(s):
     is_epoch = path.suffix == '.params'
     run, settings, arrays = read_epoch(path) if is_epoch else read_state(path)
     if is_epoch and run.epoch >= s.epochs:
-        raise ValueError(f'epochs = {s.epochs}: {path} has as many; set more')
+        raise ValueError(f'epochs = {s.epochs}: {path} has had {run.epoch} already; set more')
     for name in ('ngf', 'ndf', 'nc', 'Z', 'd1_bias', 'conditional'):
         if settings[name] != getattr(s, name):
             raise ValueError(f'{path}: trained with {name} = {settings[name]}, now it is {getattr(s, name)}')
@@ -677,7 +693,7 @@ def new_folder(path):
 # ---------------------------------------------------------------- sampling
 
 def fixed_latents(seed, n, Z):
-    """(n, Z) latents, the same for the same seed. They come out of NumPy's stream, so that training does not notice."""
+    """(n, Z) latents, the same for the same seed, from a generator of their own: training does not notice."""
     return np.random.RandomState(seed).normal(size=(n, Z)).astype(np.float32)
 
 
@@ -699,7 +715,8 @@ def generate(modG, latents, classes=None):
 
 def choose(digits, class_names):
     """The positions of the classes that `digits` names; all of them if it names none. Raises ValueError."""
-    wanted = re.findall('[^, ]+' if ',' in digits or ' ' in digits else '.', digits)
+    digits = digits.strip()
+    wanted = re.findall('[^, ]+' if ',' in digits or ' ' in digits else '.', digits)  # '3, 12' is two, '0123' four
     for name in wanted:
         if name not in class_names:
             raise ValueError(f'digits = {digits!r}: there is no {name!r}; that run has '
@@ -710,11 +727,11 @@ def choose(digits, class_names):
 def make_samples(s):
     """Write images by a saved G, a mosaic of them, and a walk between latents; never over older ones."""
     data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1]))
-    path = find_run(s)
-    if path.suffix != '.params':
-        folder, path = path, find_params(path, ('Gmean', 'G'))
+    path = found = find_run(s)
+    if found.suffix != '.params':
+        path = find_params(found, ('Gmean', 'G'))
         if not path:
-            raise ValueError(f"{folder}: has no epoch's .params; set 'latest', a run's folder or an epoch's .params")
+            raise ValueError(f"{found}: has no epoch's .params; set 'latest', a run's folder or an epoch's .params")
     net = 'Gmean' if '_Gmean_' in path.name else 'G'
     symbol, class_names, *arrays = load_network(path, net)
     num_inputs = arrays[0]['g1_weight'].shape[0]
@@ -732,7 +749,7 @@ def make_samples(s):
         visual.save(folder / f'{number:05d}.png', visual.tile(image[None]))
         if number < 256:
             shown.append(image)
-    visual.save(f'{folder}.png', visual.tile(np.stack(shown), visual.columns_for(len(chosen)) if chosen else None))
+    visual.save(f'{folder}.png', visual.tile(np.stack(shown), visual.columns_for(len(chosen))))
 
     # DCGAN paper, section 6.1; along an arc, because a straight line between two Gaussian vectors passes too near to 0
     rows, steps = 6, 10
@@ -749,19 +766,19 @@ def make_samples(s):
 # ---------------------------------------------------------------- several machines
 
 def join(s):
-    """Make MXNet's key-value store, for a cluster or for this process alone. Scheduler and server end in here.
+    """Make MXNet's key-value store, for a cluster or for this process alone. A scheduler or server does not return.
 
     Synchronous training gives all workers the same weights, so the first one decides: it prints, judges, saves and
     stops. The launcher then ends the others.
     """
     if s.kvstore != 'dist_sync':
-        return mx.kv.create('local')
+        return mx.kv.create('local')  # its rank is 0, of 1 worker
     for name in ('DMLC_ROLE', 'DMLC_PS_ROOT_URI', 'DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER'):
         value = os.environ.get(name, '')
         numeric = name.endswith(('PORT', 'WORKER', 'SERVER'))
         if not value or (numeric and not value.isdigit()):  # MXNet would wait for ever
             raise ValueError(f"kvstore = 'dist_sync', and in the environment {name}={value!r}; README says what to set")
-    os.environ.pop('PORT', None)  # containers set it, and every process would take it, the scheduler's port, too
+    os.environ.pop('PORT', None)  # some containers set it, and MXNet would give this port to every process
     if data.ROLE != 'worker':
         for signum in stop.signals:  # launchers send them to all
             signal.signal(signum, signal.SIG_IGN)
@@ -769,17 +786,10 @@ def join(s):
         sys.exit(0)
     gpus = sum(ctx.device_type == 'gpu' for ctx in s.ctx)
     kv = mx.kv.create('dist_device_sync' if gpus > 1 else 'dist_sync')  # waits here for the other processes
-    # MXNet's own end waits for the other workers, so after an error or a stop the process ends before that. (`leave`
-    # clears the handle. This reference keeps `kv` alive, for its destructor would wait, too.)
+    # MXNet's shutdown waits for the other workers, so after an error or a stop the process ends before. (A run
+    # that is done clears the handle. This reference keeps `kv` alive, for its destructor would wait, too.)
     atexit.register(lambda: os._exit(1) if kv.handle else None)
     return kv
-
-
-def leave(kv):
-    """Leave the cluster after a run that nobody stopped; otherwise MXNet aborts when Python ends."""
-    kv._barrier()  # the first worker may still be counting digits, or saving
-    mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
-    kv.handle = mx.base.KVStoreHandle()
 
 
 # ---------------------------------------------------------------- main
@@ -818,14 +828,15 @@ def run_training(s, stack):
     say(f'data: {s.dataset}, {run.num_batches} iterations an epoch; run: {run.folder}')
     say('metric: facc, fentropy of G, of D; then images/s, and the time left')
 
-    for signum in stop.signals if threading.current_thread() is threading.main_thread() else ():
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-            stack.callback(signal.signal, signum, signal.signal(signum, stop.handle))
-    with ThreadPoolExecutor(1) as pool:  # while MXNet computes there, this thread can handle signals
-        pool.submit(train_loop, s, run, modules, train_iter, rand_iter, coverage).result()
-    say(summary(s, run))
-    if s.kvstore == 'dist_sync' and not stop.asked():
-        leave(kv)
+    def work():
+        train_loop(s, run, modules, train_iter, rand_iter, coverage)
+        say(summary(s, run))
+        if s.kvstore == 'dist_sync' and not stop.asked():  # leave the cluster: else MXNet aborts when Python ends
+            kv._barrier()  # the first worker may still be counting digits, or saving
+            mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
+            kv.handle = mx.base.KVStoreHandle()
+
+    stop.listen(work)
 
 
 def print_network(s, run, title, mod):
@@ -840,9 +851,9 @@ def print_network(s, run, title, mod):
 def train(settings):
     """Train as the settings say; with `sample`, make images instead.
 
-    Raises SystemExit: with one line that says what is wrong, or with 128 and the number of the signal that ended it:
-    130 (Ctrl-C), 143 (SIGTERM), 141 (a pipe that nobody reads), ... In another thread than the main one,
-    where nobody sees SystemExit, it raises RuntimeError instead.
+    Raises SystemExit: with one line that says what is wrong, or with 128 plus the number of the signal that ended it:
+    130 (Ctrl-C), 143 (SIGTERM), 141 (a pipe that nobody reads), ... In any thread but the main one, where nobody
+    sees SystemExit, it raises RuntimeError instead.
     """
     stop.begin()
     try:
@@ -857,9 +868,9 @@ def train(settings):
         end = 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:  # MXNet raises RuntimeErrors
         end = f'dcgan.py: {data.last_line(error)}'
-    if end and threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(end)
     if end:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(end)
         sys.exit(end)
 
 
@@ -878,7 +889,7 @@ def main():
         status = 1
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    os._exit(status)  # MXNet's own end may crash on a GPU or without memory, and wait for other workers in a cluster
+    os._exit(status)  # MXNet's shutdown may crash on a GPU or without memory, and wait for other workers in a cluster
 
 
 if __name__ == '__main__':

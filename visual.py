@@ -39,16 +39,15 @@ def tile(X, columns=None):
 def columns_for(num_classes):
     """Columns of a mosaic whose images' classes are 0, 1, 2, ..., 0, 1, 2, ...: each column then has one class.
 
-    Few classes have several columns each. More than sixteen classes share sixteen columns.
+    Few classes have several columns each. More than sixteen classes share sixteen columns. None without classes.
     """
-    return min(num_classes * max(1, 8 // num_classes), 16)
+    return min(num_classes * max(1, 8 // num_classes), 16) if num_classes else None
 
 
 def visual(title, X, out='out', display=True, classes=None, columns=None):
     """Show the first 256 images as `tile`'s mosaic, sorted by `classes` (n,); out=None: do nothing."""
-    if out is not None:
-        order = slice(256) if classes is None else np.argsort(classes[:256], kind='stable')
-        show_picture(title, tile(X[order], columns), out, display)
+    order = slice(256) if classes is None else np.argsort(classes[:256], kind='stable')
+    show_picture(title, tile(X[order], columns), out, display)
 
 
 @contextlib.contextmanager
@@ -86,7 +85,7 @@ def show_picture(title, picture, out='out', display=True):
 def film(out):
     """Join the mosaics `gout-*.png` of a folder, in the order of their names, to `film.webp` of at most 3 MB.
 
-    Up to 25 frames, evenly chosen, whole, of the newest one's size. What fails is said once. out=None: do nothing.
+    Up to 25 frames, evenly spaced, of the newest one's size. What fails is said once. out=None: do nothing.
     """
     paths = sorted(pathlib.Path(out).glob('gout-*.png')) if out is not None else []
     if not paths:
@@ -149,7 +148,7 @@ def _line(picture, points, colour, thickness):
 
 
 def _ticks(limit):
-    """Round values from 0 to the limit, at most seven."""
+    """At most seven round numbers from 0 to the limit."""
     step = 10 ** np.floor(np.log10(limit))
     step *= next(factor for factor in (0.2, 0.5, 1, 2) if limit / (step * factor) <= 6)
     return np.arange(0, limit + step / 1000, step)
@@ -195,8 +194,8 @@ def _start_viewer(out):
             [sys.executable, __file__, out, str(os.getpid())], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True)  # Ctrl-C in the terminal is for the training alone
     if not has_screen or _viewers[out].poll() not in (None, 0, QUIT):
-        why = f'{sys.executable} {__file__} {out}'
-        warn_once('window', f'no window can be shown here (why: {why}); the pictures are in {out}')
+        command = f'{sys.executable} {__file__} {out}'
+        warn_once('window', f'no window can be shown here ({command} says why); the pictures are in {out}')
 
 
 def _view(out, training=None):
@@ -234,9 +233,10 @@ def _open(title, picture):
         cv2.imshow(title, picture)
         cv2.waitKey(500)
         left, top, width, height = cv2.getWindowImageRect(title)
+        # on a busy CPU Qt may miss that it opened: it is blank, and the picture still in the middle of Qt's 400x300
         if last_try or (2 * left + width, 2 * top + height) != (400, 300):
             break
-        cv2.destroyWindow(title)  # on a busy CPU Qt may miss that it opened: it keeps it in the corner, blank
+        cv2.destroyWindow(title)
     height, width = picture.shape[:2]
     scale = min(1, 620 / width, 512 / height) if title != 'loss' else 1
     cv2.resizeWindow(title, int(width * scale), int(height * scale))

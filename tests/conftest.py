@@ -115,8 +115,8 @@ def watch_steps(monkeypatch, look):
 
 
 def send(signum):
-    """Send this process a signal, and wait until the run has heard it: its steps are not in the main thread."""
-    os.kill(os.getpid(), signum)
+    """Raise a signal in the thread that trains, and wait until the main thread has handled it."""
+    signal.raise_signal(signum)
     while not dcgan.stop.signum:
         time.sleep(0.001)
 
