@@ -87,7 +87,7 @@ try:
     with quiet():
         import joblib
         threads = os.environ.get('OMP_NUM_THREADS', '').split(',')[0].strip()  # '4,2' is for nested loops
-        if not threads.isdecimal() or int(threads) == 0:  # MXNet would take half of the physical cores
+        if not threads.isdecimal() or int(threads) == 0:  # MXNet would take half of the processors
             threads = joblib.cpu_count(only_physical_cores=True)
         os.environ['OMP_NUM_THREADS'] = str(threads)
         import cv2
@@ -520,7 +520,7 @@ def _small_jpeg(path):
 
 
 def _write_rec(path, files, labels):
-    """Write the pictures among the files into a .rec, which replaces nothing until it is whole; name the others."""
+    """Write the pictures among the files into a .rec, which replaces nothing until it is whole; list the others."""
     temporary = f'{path}.{os.urandom(4).hex()}'  # several runs may pack at once
     kept, told, step = 0, {}, 8 * joblib.cpu_count()  # step: so many at most are still decoded after Ctrl-C
     try:

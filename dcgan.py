@@ -59,7 +59,7 @@ class Settings:
     lr: float = 0.0002             # Adam's learning rate after the head start
     head_start: int = 500          # so many iterations at first have lr 0.001, or lr if larger; published: 0
     lr_steady: int = 5000          # iterations at constant lr; after these G's lr halves every lr_steady / 4
-                                   # (digits only; 0, published: never)
+                                   # (not for pictures; 0, published: never)
     beta1: float = 0.5             # Adam's; DCGAN paper, section 4
     pos_label: float = 0.9         # D's target for real images (one-sided label smoothing); published: 1.0
     average: float = 0.99          # decay of an average of G's weights, applied at every printed line
@@ -267,7 +267,7 @@ def train_step(modG, modD, modDx, latents, batch, label0, label1, label_real):
 
 def learning_rates(s, iteration):
     """Adam's learning rates of G and D; iterations count from 0, over all epochs."""
-    if iteration < s.head_start:  # with `lr` alone G shows noise for an epoch
+    if iteration < s.head_start:  # with `lr` alone G may show noise for epochs
         return max(s.lr, 0.001), max(s.lr, 0.001)
     if not s.lr_steady or s.dataset == 'imagenet':
         return s.lr, s.lr
@@ -354,7 +354,7 @@ def train_loop(s, run, modules, train_iter, rand_iter, coverage):
     """Train until `s.epochs` are done or the run is asked to stop."""
     modG, modD, modDx, averaged_G = modules
     labels = [mx.nd.full(s.batch_size, label, s.ctx[0]) for label in (0, 1, s.pos_label)]
-    # prints the root mean square of each layer's output and of `diff`; with monitor = 0 it watches no module
+    # prints the root mean square of each layer's output and of D's input gradient; with 0 it watches no module
     monitor = mx.mon.Monitor(max(s.monitor, 1), pattern='(?!.*backward).*output|d1_backward_output0', sort=True)
     if s.monitor:
         for mod in modules[:3]:
@@ -450,7 +450,7 @@ def show_pictures(s, run, fakes, diff, batch, latents):
 
 
 def save_mosaic(s, run, averaged_G, title):
-    """Write a mosaic of a batch of fixed latents; if conditional, each column has one class."""
+    """Write a mosaic of a batch of fixed latents; if conditional, a class has a column."""
     num_classes = len(run.class_names) if s.conditional else 0
     classes = np.resize(np.arange(num_classes), s.batch_size) if s.conditional else None
     images, _ = next(generate(averaged_G, fixed_latents(s.seed, s.batch_size, s.Z), classes))

@@ -26,7 +26,7 @@ def tile(X, columns=None):
     """A mosaic of images, row by row.
 
     `X` is float (n, 1 or 3, height, width), RGB, in [-1, 1]; values beyond are clipped, NaN is black. By default the
-    mosaic is square; black fills its last row. Returns uint8 (rows * height, columns * width, 3), BGR.
+    mosaic is about square; black fills its last row. Returns uint8 (rows * height, columns * width, 3), BGR.
     """
     n, c, h, w = X.shape
     columns = columns or int(np.ceil(np.sqrt(n)))

@@ -1,6 +1,6 @@
 """How fast the program is, and beside what: one command without arguments, about seven minutes, tables on stdout.
 
-    python tests/benchmark.py              # README says in what environment, tests/README.md what the figures mean
+    python tests/benchmark.py              # tests/README.md says in what environment, and what the figures mean
 
 Whatever is measured runs in a process of its own (this file again, with a function's name), one after another and
 interleaved, so that a slow minute of the machine is not one candidate's alone. Leave the machine alone meanwhile.
