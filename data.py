@@ -622,15 +622,15 @@ class Coverage:
     """Compares generated images with real ones, by a classifier of the real ones: one hidden layer of 256 relu.
 
     `X` (n, 1, 64, 64) uint8, `y` (n,) and `class_names` are the real training images, class positions and names.
-    `num_images`: how many images to generate; `learned`: False until the first `count`, in which the classifier learns
-    or is found where an earlier run has kept it; `floor`: from then on the Fréchet distance of `num_images` real images
-    from as many others, None if there are fewer than 1,000 each.
+    `num_images`: how many to generate; `classifier`: None until the first `count`, in which it learns or is found where
+    an earlier run has kept it; `floor`: from then on the Fréchet distance of `num_images` real images from as many
+    others, None if there are fewer than 1,000 each.
     """
 
     def __init__(self, X, y, class_names):
         self.X, self.y, self.class_names = X, y, class_names
         self.num_images = max(1000, min(5000, len(X) // 2))
-        self.learned, self.floor = False, None
+        self.classifier = self.floor = None
 
     def count(self, batches):
         """Judge generated images: `batches` yields (k, nc, 64, 64) float in [-1, 1] and (k,) classes wanted, or None.
@@ -640,14 +640,13 @@ class Coverage:
         'median': the median pixel, 0..255, 'fd': the Fréchet distance from real images, or None as `floor`}, and if
         classes were asked for, 'asked' and 'asked_worst': the share of these that were made, of all and of the worst.
         """
-        if not self.learned:
+        if self.classifier is None:
             args = self.X, self.y, self.num_images, sklearn.__version__
             with quiet():  # no warning of an unfinished fit, or of a cache that is damaged or cannot be written
                 try:
                     self.classifier, self.real, self.floor = _memory().cache(_learn)(*args)
                 except OSError:
                     self.classifier, self.real, self.floor = _learn(*args)
-            self.learned = True
         features, pixels, asked = [], [], []
         for images, classes in batches:  # keep only what is small, never all images as floats
             grey = images.mean(axis=1)  # of the channels

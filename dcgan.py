@@ -82,10 +82,7 @@ class Settings:
 # ---------------------------------------------------------------- checking them
 
 def checked(settings):
-    """A copy in which NumPy's numbers are Python's, `~` is the home folder, and `ctx` is a tuple.
-
-    Raises ValueError for a setting that cannot work, before any long work.
-    """
+    """A copy with Python's own numbers, `~` expanded and `ctx` a tuple. Raises ValueError if a setting cannot work."""
     s = dataclasses.replace(settings)
 
     def must(right, name, rule):
@@ -471,7 +468,7 @@ def finish_epoch(s, run, modules, coverage):
 
 def judge(s, run, averaged_G, coverage, epoch):
     """Count the digits among what the averaged G makes, and warn if G has collapsed."""
-    first = not coverage.learned
+    first = coverage.classifier is None
     if first:
         say('training a classifier of the real images, which judges the generated ones (a minute; then it is kept) ...')
     latents = fixed_latents(s.seed, coverage.num_images, s.Z)
@@ -538,10 +535,7 @@ def arrays_of(modules):
 
 
 def save(s, run, modules, epoch):
-    """Save the state, which replaces the old one when it is whole, and the networks under an epoch's number.
-
-    If something cannot be written, it warns and goes on.
-    """
+    """Save the state, and the networks under an epoch's number, each whole or not at all. What fails is a warning."""
     if not s.check_point:
         return
     modG, modD, _, averaged_G = modules
@@ -586,14 +580,11 @@ def find_run(s):
     return max(saved_at, key=saved_at.get)
 
 
-def find_params(folder, nets=('G',), epoch=None):
-    """The .params of an epoch, by default the newest, of the first of `nets` that has any; None if none has."""
-    for net in nets:
-        found = {int(path.stem[-4:]): path for path in folder.glob('*.params')
-                 if re.fullmatch(f'[a-z]+_{net}_.+-[0-9]{{4}}', path.stem)}
-        if found:
-            return found.get(max(found) if epoch is None else epoch)
-    return None
+def find_params(folder, net='G', epoch=None):
+    """The .params of a network in a run's folder, of an epoch or the newest; None if there is none."""
+    found = {int(path.stem[-4:]): path for path in folder.glob('*.params')
+             if re.fullmatch(f'[a-z]+_{net}_.+-[0-9]{{4}}', path.stem)}
+    return found.get(max(found, default=None) if epoch is None else epoch)
 
 
 def read_state(folder):
@@ -642,10 +633,7 @@ def load_network(path, net):
 
 
 def begin_run(s):
-    """A new run, or the one that `resume` names, and its {name: array}.
-
-    Raises ValueError for a run that cannot be resumed, so that this is told before the data are loaded.
-    """
+    """A new run, or the one that `resume` names, and its {name: array}. Raises ValueError if it cannot be resumed."""
     if not s.resume:
         return Run(), {}
     path = find_run(s)
@@ -729,7 +717,7 @@ def make_samples(s):
     data.check_devices(dataclasses.replace(s, ctx=s.ctx[:1]))
     path = found = find_run(s)
     if found.suffix != '.params':
-        path = find_params(found, ('Gmean', 'G'))
+        path = find_params(found, 'Gmean') or find_params(found, 'G')
         if not path:
             raise ValueError(f"{found}: has no epoch's .params; set 'latest', a run's folder or an epoch's .params")
     net = 'Gmean' if '_Gmean_' in path.name else 'G'

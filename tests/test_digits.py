@@ -119,7 +119,7 @@ def test_the_averaged_g_is_counted(run):
 def test_a_collapse_is_told_with_the_epoch_to_go_back_to(few, monkeypatch, course, best):
     counts = [dict(fd=fd, confidence=confidence, median=2, digits=10, kl=0.01, **{f'share_{k}': .1 for k in range(10)})
               for fd, confidence in course]
-    judge = types.SimpleNamespace(num_images=5, floor=1.0, learned=True, count=lambda batches: counts.pop(0))
+    judge = types.SimpleNamespace(num_images=5, floor=1.0, classifier='', count=lambda batches: counts.pop(0))
     monkeypatch.setattr(data, 'Coverage', lambda *args: judge)
     warned = re.findall('^WARNING: .*', printed(few(batch_size=115, epochs=len(course), coverage=True)), re.M)
     assert len(warned) == (best is not None) and counts == []
