@@ -53,10 +53,12 @@ def cases(names, table):
 @pytest.fixture(autouse=True)
 def usual_signals():
     """Signals have their usual effect, also if the tests run in the background, and have it again after a run."""
-    usual = [signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL, signal.SIG_DFL]
-    before = [signal.signal(signum, handler) for signum, handler in zip(dcgan.stop.signals, usual)]
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+             signal.SIGHUP: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL}
+    before = {signum: signal.signal(signum, what) for signum, what in usual.items()}
     yield
-    assert [signal.signal(signum, handler) for signum, handler in zip(dcgan.stop.signals, before)] == usual
+    after = {signum: signal.signal(signum, what) for signum, what in before.items()}
+    assert after == usual
 
 
 def python(*arguments, cwd=None, **env):

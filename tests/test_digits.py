@@ -90,7 +90,8 @@ def test_the_lines_and_the_columns_of_an_epoch(run, kind):
     line = rf'^epoch: (\d) digits: \d+ of {len(names)}, shares:(?: \d+){{{len(names)}}} %, {measures}$'
     assert re.findall(line, out, re.M) == ['0', '1']
     assert len(re.findall(r'^epoch: \d digits as asked: \d+\.\d %, worst: \d+\.\d %$', out, re.M)) == 2 * s.conditional
-    assert len(re.findall(r'^FD: the Fréchet distance .*; other real ones have \d', out, re.M)) == fd
+    said = r'^FD: the Fréchet distance from real images, smaller is better; other real ones have \d'
+    assert len(re.findall(said, out, re.M)) == fd
     last = out.splitlines()[-1]
     assert re.match(f'done; after epoch 1 {measures}; pictures and log: {newest(s.out)}/; ', last) and 'sample' in last
     assert out.index('iter: 10 ') < out.index('training a classifier')  # nothing waits for it before the first line

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -117,7 +118,7 @@ def test_what_is_packed(photos):
     assert load(photos, out=f'{photos}/out').num_data == 15
 
 
-def test_ended_while_packing(photos, monkeypatch):
+def test_ended_while_packing(photos, capsys, monkeypatch):
     """By SIGKILL, then by Ctrl-C, which must not decode all the other pictures first: that takes CPU minutes."""
     monkeypatch.setenv('LOKY_MAX_CPU_COUNT', '2')  # so many pictures at once
     (photos.parent / 'large.jpg').write_bytes(encoded(NOISE.repeat(30, 0).repeat(30, 1)))
@@ -126,15 +127,26 @@ def test_ended_while_packing(photos, monkeypatch):
         link.symlink_to('../large.jpg')
 
     code = f'import sys; sys.path.insert(0, "tests"); import test_pictures; test_pictures.load({str(photos)!r})'
-    for signum, files in (signal.SIGKILL, 1), (signal.SIGINT, 2):
-        pipe = subprocess.PIPE
-        process = subprocess.Popen([sys.executable, '-c', code], stdout=pipe, stderr=pipe, cwd=ROOT)
-        while process.poll() is None and len(packed(photos)) < files:
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, cwd=ROOT)
+    while process.poll() is None and not any(path.stat().st_size for path in packed(photos)):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    left, = packed(photos)
+
+    def interrupt():
+        while len(packed(photos)) < 2:
             time.sleep(0.01)
-        process.send_signal(signum)
-        out = process.communicate(timeout=60)[0]
-        assert process.returncode == -signum and b'packing 5014 files' in out and b'pictures packed' not in out
-        assert len(packed(photos)) == 1  # left by SIGKILL alone
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    start = time.process_time()
+    with pytest.raises(KeyboardInterrupt):
+        load(photos)
+    assert time.process_time() - start < 10
+    out = capsys.readouterr().out
+    assert 'packing 5014 files' in out and 'pictures packed' not in out
+    assert packed(photos) == [left]
 
     for link in links:
         link.unlink()

@@ -36,10 +36,13 @@ def test_shapes_at_the_defaults(nc, classes):
         given = {name: shape for name, shape in inputs.items() if name in symbol.list_arguments()}
         internals = symbol.get_internals()
         found.update(zip(internals.list_outputs(), internals.infer_shape(**given)[1]))
-    layers = ([found[f'{net}{i}_output'][1:3] for i in range(1, 6)] for net in 'gd')  # channels and height
-    assert list(layers) == [[(512, 4), (256, 8), (128, 16), (64, 32), (max(nc, 2), 64)],
-                            [(64, 32), (128, 16), (256, 8), (512, 4), (classes or 1, 1)]]
-    assert found['g1_weight'] == (100 + classes, 512, 4, 4) and found['d1_weight'] == (64, nc, 4, 4)
+    G = [100 + classes, 512, 256, 128, 64, max(nc, 2)]  # what comes in, and the layers' filters
+    D = [nc, 64, 128, 256, 512, max(classes, 1)]
+    sizes = [1, 4, 8, 16, 32, 64]
+    for i in range(1, 6):
+        assert found[f'g{i}_output'] == (64, G[i], sizes[i], sizes[i])
+        assert found[f'd{i}_output'] == (64, D[i], sizes[5 - i], sizes[5 - i])
+        assert found[f'g{i}_weight'] == (G[i - 1], G[i], 4, 4) and found[f'd{i}_weight'] == (D[i], D[i - 1], 4, 4)
     assert found['gact5_output'] == (64, nc, 64, 64) and found['dloss_output'] == (64, 1)
     assert [name for name in found if name.endswith('_bias')] == ['d1_bias'] and ('digit' in found) == bool(classes)
     assert {'gbn1_gamma', 'gact4_output', 'dbn2_gamma', 'dact1_output'} <= set(found)
