@@ -46,8 +46,9 @@ def columns_for(num_classes):
 
 def visual(title, X, out='out', display=True, classes=None, columns=None):
     """Show the first 256 images as `tile`'s mosaic, sorted by `classes` (n,); out=None: do nothing."""
-    order = slice(256) if classes is None else np.argsort(classes[:256], kind='stable')
-    show_picture(title, tile(X[order], columns), out, display)
+    if out is not None:
+        order = slice(256) if classes is None else np.argsort(classes[:256], kind='stable')
+        show_picture(title, tile(X[order], columns), out, display)
 
 
 @contextlib.contextmanager
